@@ -1,0 +1,21 @@
+// Small repairs to the pages: what the theme and Sphinx leave unclear to a browser or a screen reader.
+document.addEventListener("DOMContentLoaded", () => {
+  const each = (selector, repair) => document.querySelectorAll(selector).forEach(repair);
+
+  // The download button fetches the notebook instead of showing its JSON.
+  each('a.btn-download-source-button[href$=".ipynb"]', (link) => {
+    link.setAttribute("download", "");
+    link.removeAttribute("target");
+  });
+
+  // References carry roles that browsers have given up.
+  each(".citation-list, .citation", (element) => element.removeAttribute("role"));
+
+  // Names: the search button has its own words, the colour switch has its label only, the side bar is a landmark.
+  each(".search-button-field", (button) => button.removeAttribute("aria-label"));
+  each(".theme-switch", (icon) => icon.removeAttribute("title"));
+  each(".bd-sidebar-primary", (bar) => {
+    bar.setAttribute("role", "navigation");
+    bar.setAttribute("aria-label", "Book");
+  });
+});

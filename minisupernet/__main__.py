@@ -1,0 +1,119 @@
+"""The command line: `python -m minisupernet data | book | notebooks | experiment`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status; an error of the package is one line and no traceback."""
+    parser = argparse.ArgumentParser(prog="python -m minisupernet", description="Networks that make networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add_command in (add_data, add_book, add_notebooks, add_experiment):
+        add_command(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not type(error).__module__.startswith("minisupernet."):
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def add_data(commands: argparse._SubParsersAction) -> None:
+    """`data`: download CIFAR-100 and CIFAR-10."""
+    parser = commands.add_parser("data", help="download CIFAR-100 and CIFAR-10 and check the files")
+    parser.set_defaults(run=run_data)
+
+
+def run_data(options: argparse.Namespace) -> None:
+    """Load both sets, which downloads what is missing, and say where they are."""
+    from minisupernet.data import data_folder, load
+
+    for name in ("cifar100", "cifar10"):
+        images = load(name)
+        print(f"{name}: {len(images.train_labels):,} + {len(images.test_labels):,} images; {images.source}")
+    print(f"They are in {data_folder()}")
+
+
+def add_book(commands: argparse._SubParsersAction) -> None:
+    """`book`: run the notebooks and build the HTML."""
+    parser = commands.add_parser("book", help="run the notebooks and build the book")
+    parser.add_argument("--profile", default="quick", help="quick or full (quick)")
+    parser.add_argument("--data", default="auto", help="auto, cifar100, cifar10, shapes100 or a .npz file (auto)")
+    parser.add_argument("--seed", default=0, type=int, help="a whole number (0)")
+    parser.add_argument("--committed", action="store_true", help="take the stored outputs and run nothing")
+    parser.set_defaults(run=run_book)
+
+
+def run_book(options: argparse.Namespace) -> None:
+    """Build the book and print the address of its first page."""
+    from minisupernet.book import make_book
+
+    page = make_book(CHECKOUT, options.profile, options.data, options.seed, options.committed)
+    print(f"The book: {page.as_uri()}")
+
+
+def add_notebooks(commands: argparse._SubParsersAction) -> None:
+    """`notebooks`: store the outputs of a quick run on Shapes-100 in the notebooks themselves."""
+    parser = commands.add_parser("notebooks", help="run the notebooks on Shapes-100 and store their outputs in place")
+    parser.set_defaults(run=run_notebooks)
+
+
+def run_notebooks(options: argparse.Namespace) -> None:
+    """Refresh the stored outputs."""
+    from minisupernet.runs import refresh
+
+    refresh(CHECKOUT)
+
+
+def add_experiment(commands: argparse._SubParsersAction) -> None:
+    """`experiment`: run experiment 1 or 2 and record what it measured."""
+    parser = commands.add_parser("experiment", help="run experiment 1 or 2 and record it as JSON; needs no Jupyter")
+    parser.add_argument("number", type=int, choices=(1, 2))
+    parser.add_argument("--setup", choices=("original", "better"), default="better")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed; seed s holds out fold s (0)")
+    parser.add_argument("--profile", choices=("quick", "full"), default="full")
+    parser.add_argument("--data", default="cifar100", help="auto, cifar100, shapes100 or a .npz file (cifar100)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (auto)")
+    parser.add_argument("--threads", type=int, help="CPU threads (all)")
+    parser.add_argument("--out", type=Path, help="result file (results/0?_experiment_?.json)")
+    parser.set_defaults(run=run_experiment_command)
+
+
+def run_experiment_command(options: argparse.Namespace) -> None:
+    """Run each seed and record it as soon as it is done; a seed already recorded is run again and replaced."""
+    import torch
+
+    from minisupernet import experiments
+    from minisupernet.data import load
+    from minisupernet.results import record_run
+    from minisupernet.training import pick_device
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    setup = getattr(experiments, options.setup)(options.number, options.profile)
+    out = options.out or CHECKOUT / "results" / f"{options.number + 5:02d}_experiment_{options.number}.json"
+    images = load(options.data, pick_device(options.device))
+    for seed in options.seeds:
+        name = f"{options.setup}-{options.profile}-{images.name}-{options.number}-{seed}"
+        checkpoint = CHECKOUT / "_build" / "checkpoints" / f"{name}.safetensors"
+        run = experiments.run_experiment(setup, images, seed, checkpoint=checkpoint)
+        record_run(out, run, keys=("setup", "seed"))
+        checkpoint.unlink(missing_ok=True)
+        print(f"{name}: recorded in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Recorded results: JSON files with provenance, and the intervals drawn from them."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import nn
+
+from minisupernet.data import ImageSet
+from minisupernet.files import whole_file
+
+__all__ = ["Interval", "ResultError", "fingerprint", "interval", "load_runs", "paired", "provenance", "record_run"]
+
+RESAMPLES = 10_000
+
+
+class ResultError(ValueError):
+    """A result file that is missing, damaged or of another form; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` values with its 95 % interval from `low` to `high`."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def percent(self) -> str:
+        """As in a table, in percent: "84.1 (80.3 to 87.6)"."""
+        return f"{100 * self.mean:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % percentile-bootstrap interval of independent values, such as one accuracy a held-out task.
+
+    10,000 resamples of the values, with a fixed seed, so that a recorded table is drawn the same way every time.
+
+    Raises:
+        ResultError: for fewer than two values, or one that is not a finite number.
+    """
+    numbers = np.asarray(list(values), dtype=np.float64)
+    if len(numbers) < 2 or not np.isfinite(numbers).all():
+        raise ResultError(f"an interval needs at least two finite values, got {numbers.tolist()[:5]}.")
+    picks = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
+    low, high = np.quantile(numbers[picks].mean(axis=1), [0.025, 0.975])
+    return Interval(float(numbers.mean()), float(low), float(high), len(numbers))
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """The mean difference, first minus second, over the same tasks, with its 95 % interval.
+
+    Raises:
+        ResultError: where the two are not of one length.
+    """
+    if len(first) != len(second):
+        raise ResultError(
+            f"a paired difference needs the same tasks on both sides, got {len(first)} and {len(second)}."
+        )
+    return interval([a - b for a, b in zip(first, second, strict=True)])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer, byte for byte: equal before and after means nothing moved."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(images: ImageSet, device: torch.device) -> dict:
+    """Where a result comes from: commit, package versions, device and image set with its checksum."""
+    packages = ("torch", "numpy", "safetensors")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "device": f"{device.type}: {name}, {torch.get_num_threads()} threads",
+        "data": {"name": images.name, "sha256": images.checksum()},
+    }
+
+
+def _commit() -> str:
+    """The commit, with "+" behind it where the package has uncommitted changes; "unknown" outside git."""
+    folder = Path(__file__).parent
+    try:
+        ask = {"cwd": folder, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--", "."], **ask).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def load_runs(path: str | Path) -> list[dict]:
+    """The runs recorded in a result file, one dict each.
+
+    Raises:
+        ResultError: where the file is missing, is not JSON, or holds no runs.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ResultError(f"there is no {path}; record it with `python -m minisupernet experiment`.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResultError(f"{path} cannot be read as JSON ({error}); restore it or record it anew.") from error
+    runs = document.get("runs") if isinstance(document, dict) else None
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ResultError(f"{path} is no result file: it has no list of runs; restore it or record it anew.")
+    return runs
+
+
+def record_run(path: str | Path, run: dict, keys: tuple[str, ...]) -> None:
+    """Add one run to a result file, in place of an older one with the same values of `keys`; safe side by side."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        runs = load_runs(path) if path.exists() else []
+        runs = [old for old in runs if any(old.get(key) != run[key] for key in keys)] + [run]
+        runs.sort(key=lambda each: [str(each.get(key)) for key in keys])
+        with whole_file(path) as part:
+            part.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,270 @@
+"""SuperNet: a generator that makes every weight of a classifier from a small task vector z.
+
+theta_t = g(z_t; phi), and y = f(x; theta_t). The generator's weights phi are shared by all tasks; z_t is task t's own.
+A new task gets a new network by fitting z alone (`fit_z`), with phi frozen.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minisupernet.optimizers import TensorFlowRMSprop
+from minisupernet.target import WeightSpec, run_tasks
+from minisupernet.tasks import TaskImages
+from minisupernet.training import History, constant, frozen, one_cycle, step_generator, train
+
+__all__ = ["Fit", "GeneratorError", "SuperNet", "accuracy", "fit_weights", "fit_z", "train_generator"]
+
+Weights = dict[str, Tensor]
+
+
+class GeneratorError(ValueError):
+    """A task vector or setting that does not fit the generator; the message says what does."""
+
+
+class SuperNet(nn.Module):
+    """Task vectors (T, z_dim) in, the weights of T networks {name: (T, *shape)} out.
+
+    A trunk of fully connected layers, then one linear head for each weight tensor. The heads are kept side by side
+    in one matrix, so that a single product makes all weights:
+
+        theta = bound * tanh((a(z) W + b) / bound),    without tanh when bound is None.
+
+    At the start b alone is an ordinary initialisation of the target, with a share `z_share` of the variance moved
+    from b to the part that depends on z: for z of length about 1, as one-hot vectors have and learned ones start with,
+    every generated tensor has the target's own spread.
+
+    Args:
+        spec: the target's weights.
+        z_dim: numbers in a task vector.
+        hidden: widths of the trunk's layers, with leaky ReLU; () for the original's bare heads.
+        bound: largest absolute weight, or None.
+        z_share: the share of the starting variance that comes from z, between 0 and 1.
+    """
+
+    def __init__(
+        self,
+        spec: WeightSpec,
+        z_dim: int,
+        hidden: tuple[int, ...] = (64,),
+        bound: float | None = None,
+        z_share: float = 0.2,
+    ) -> None:
+        super().__init__()
+        if z_dim < 1 or min(hidden, default=1) < 1 or not 0 <= z_share <= 1 or (bound is not None and bound <= 0):
+            raise GeneratorError("z_dim, hidden widths and bound must be positive, and z_share between 0 and 1.")
+        self.spec, self.z_dim, self.bound = spec, z_dim, bound
+        widths = [z_dim, *hidden]
+        self.trunk = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
+        self.head_weight = nn.Parameter(torch.empty(widths[-1], spec.size))  # (width, P)
+        self.head_bias = nn.Parameter(torch.empty(spec.size))  # (P,)
+        self.sparse = False  # whether one-hot z give sparse gradients, which TensorFlowRMSprop uses
+        self._start_at_target_scale(z_share)
+
+    @classmethod
+    def original(cls, spec: WeightSpec, z_dim: int = 100) -> "SuperNet":
+        """The original's generator: bare heads with tanh, Glorot-uniform weights a head, zero biases.
+
+        With 100 tasks and the original classifier it has 101 x 37,165 = 3,753,665 parameters.
+        """
+        generator = cls(spec, z_dim, hidden=(), bound=1.0)
+        limits = [math.sqrt(6 / (z_dim + tensor.size)) for tensor in spec.tensors]
+        with torch.no_grad():
+            for head, limit in zip(generator.head_weight.split([t.size for t in spec.tensors], 1), limits, strict=True):
+                head.uniform_(-limit, limit)
+            generator.head_bias.zero_()
+        generator.sparse = True
+        return generator
+
+    @torch.no_grad()
+    def _start_at_target_scale(self, z_share: float) -> None:
+        for layer in self.trunk:
+            nn.init.kaiming_normal_(layer.weight, a=0.2, mode="fan_out")  # keeps the length of z through leaky ReLU
+            layer.bias.zero_()
+        spread = self.spec.spreads()  # (P,)
+        self.head_weight.normal_().mul_(spread * math.sqrt(z_share))
+        self.head_bias.normal_().mul_(spread * math.sqrt(1 - z_share)).add_(self.spec.centres())
+
+    def forward(self, z: Tensor) -> Weights:
+        """Make the weights of T networks.
+
+        Args:
+            z: task vectors (T, z_dim), or whole numbers (T,) that stand for one-hot vectors.
+
+        Raises:
+            GeneratorError: for a z of another shape or a number not below z_dim.
+        """
+        return self.spec.split(self.flat(z))
+
+    def flat(self, z: Tensor) -> Tensor:
+        """The same weights as rows (T, P)."""
+        self._check(z)
+        raw = self._heads(z)
+        return raw if self.bound is None else self.bound * torch.tanh(raw / self.bound)
+
+    def _heads(self, z: Tensor) -> Tensor:
+        if not z.is_floating_point() and not self.trunk:  # a one-hot z picks one row: no product needed
+            return F.embedding(z, self.head_weight, sparse=self.sparse) + self.head_bias
+        a = z if z.is_floating_point() else F.one_hot(z, self.z_dim).to(self.head_weight.dtype)  # (T, z_dim)
+        for layer in self.trunk:
+            a = F.leaky_relu(layer(a), 0.2)  # (T, width)
+        return torch.addmm(self.head_bias, a, self.head_weight)  # (T, P)
+
+    def _check(self, z: Tensor) -> None:
+        if z.is_floating_point():
+            if z.ndim != 2 or z.shape[1] != self.z_dim:
+                raise GeneratorError(f"z must have shape (T, {self.z_dim}), not {tuple(z.shape)}.")
+        elif z.ndim != 1 or (z.device.type == "cpu" and z.numel() and not 0 <= z.min() <= z.max() < self.z_dim):
+            raise GeneratorError(f"one-hot z must be whole numbers (T,) from 0 to {self.z_dim - 1}.")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a network, a z or a generator is fitted; the same for every arm of an experiment but for the rate.
+
+    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights, `z_rate` of task vectors;
+    `optimizer` "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle schedule, else a constant rate.
+    """
+
+    steps: int
+    rate: float = 1e-3
+    z_rate: float = 1e-2
+    images: int = 20
+    tasks: int | None = None
+    seed: int = 0
+    optimizer: str = "adamw"
+    decay: float = 1e-2
+    cycle: bool = True
+    every: int = 100
+
+    def make_optimizer(self, weights: list[Tensor], z: list[Tensor]) -> torch.optim.Optimizer:
+        """An optimiser over weights, with weight decay, and task vectors, without it, each with its own rate."""
+        groups = [
+            {"params": weights, "lr": self.rate, "weight_decay": self.decay},
+            {"params": z, "lr": self.z_rate, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, fused=True)
+        if self.optimizer == "tensorflow-rmsprop":
+            return TensorFlowRMSprop([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups])
+        raise GeneratorError(f"there is no optimiser '{self.optimizer}'; choose 'adamw' or 'tensorflow-rmsprop'.")
+
+
+def train_generator(
+    generator: SuperNet,
+    target: nn.Module,
+    data: TaskImages,
+    fit: Fit,
+    *,
+    one_hot: bool = False,
+    checkpoint: Path | None = None,
+) -> tuple[Tensor, History]:
+    """Train a generator, in place, and a task vector for each of its T tasks: min over phi and z of the mean loss.
+
+    Args:
+        one_hot: give task t the t-th unit vector, as the original does, not a learned z (random at the start, of
+            length about 1).
+        checkpoint: a safetensors file to go on from after a kill.
+
+    Returns:
+        The task vectors (T, z_dim) and the History, with the mean validation accuracy.
+    """
+    device, tasks = generator.head_bias.device, len(data.tasks)
+    if one_hot:
+        z, state = torch.eye(generator.z_dim, device=device)[:tasks], nn.ModuleDict({"generator": generator})
+    else:
+        random = torch.randn(tasks, generator.z_dim, generator=step_generator(fit.seed, -1))
+        z = nn.Parameter(random.to(device) / math.sqrt(generator.z_dim))  # of length about 1
+        state = nn.ModuleDict({"generator": generator, "task_vectors": nn.ParameterDict({"z": z})})
+
+    def loss_at(step: int) -> Tensor:
+        numbers, images, labels = data.batch(step, fit.seed, fit.images, fit.tasks)  # (M,), (M, B, 3, 32, 32), (M, B)
+        weights = generator(numbers if one_hot else z[numbers])
+        return F.binary_cross_entropy_with_logits(run_tasks(target, weights, images), labels)
+
+    optimizer = fit.make_optimizer(list(generator.parameters()), [] if one_hot else [z])
+    history = _train(
+        state, optimizer, loss_at, fit, lambda: accuracy(target, generator(z), data, "validation"), checkpoint
+    )
+    return z.detach(), history
+
+
+def fit_z(
+    generator: SuperNet, target: nn.Module, data: TaskImages, fit: Fit, start: Tensor, *, freeze: bool = True
+) -> tuple[Tensor, History]:
+    """Fit one task vector for each task, z_dim numbers each, with the generator frozen: min over z of the task's loss.
+
+    The loss is summed over tasks, so each task's fit is what it would be alone.
+
+    Args:
+        start: where z begins, (z_dim,) for all tasks or (T, z_dim).
+        freeze: False trains the generator too, in place: the flaw of the original's code, kept as a control.
+
+    Returns:
+        The task vectors (T, z_dim) and the History.
+    """
+    z = nn.Parameter(start.expand(len(data.tasks), generator.z_dim).clone())
+    if not freeze:
+        state = nn.ModuleDict({"generator": generator, "task_vectors": nn.ParameterDict({"z": z})})
+        return z.detach(), _fit_alone(state, lambda: generator(z), list(generator.parameters()), [z], target, data, fit)
+    with frozen(generator):
+        history = _fit_alone(nn.ParameterDict({"z": z}), lambda: generator(z), [], [z], target, data, fit)
+    return z.detach(), history
+
+
+def fit_weights(
+    spec: WeightSpec, target: nn.Module, data: TaskImages, fit: Fit, start: Tensor
+) -> tuple[Tensor, History]:
+    """Fit all P weights of one ordinary network for each task: fine-tuning or training from scratch, as `start` says.
+
+    Args:
+        start: the weights to begin from, (P,) for all tasks or (T, P).
+
+    Returns:
+        The weights (T, P) and the History.
+    """
+    flat = nn.Parameter(start.expand(len(data.tasks), spec.size).clone())
+    state = nn.ParameterDict({"weights": flat})
+    return flat.detach(), _fit_alone(state, lambda: spec.split(flat), [flat], [], target, data, fit)
+
+
+@torch.no_grad()
+def accuracy(target: nn.Module, weights: Weights, data: TaskImages, split: str = "test") -> Tensor:
+    """The share of each task's "test" or "validation" images that its network gets right, (T,); chance is 0.5."""
+    right = count = 0
+    for images, labels, real in data.chunks(split):
+        guesses = (run_tasks(target, weights, images) > 0).float()  # (T, b)
+        right, count = right + ((guesses == labels) & real).sum(1), count + real.sum(1)
+    return right / count
+
+
+def _fit_alone(state, make_weights, weights, z, target, data, fit) -> History:
+    """Fit T networks side by side, none knowing of the others."""
+
+    def loss_at(step: int) -> Tensor:
+        _, images, labels = data.batch(step, fit.seed, fit.images)  # (T, B, ...), (T, B)
+        logits = run_tasks(target, make_weights(), images)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
+
+    return _train(
+        state,
+        fit.make_optimizer(weights, z),
+        loss_at,
+        fit,
+        lambda: accuracy(target, make_weights(), data, "validation"),
+    )
+
+
+def _train(
+    state, optimizer, loss_at, fit: Fit, measure: Callable[[], Tensor], checkpoint: Path | None = None
+) -> History:
+    return train(
+        state, optimizer, loss_at, fit.steps, schedule=one_cycle if fit.cycle else constant, every=fit.every,
+        evaluate=lambda: {"validation_accuracy": measure().mean().item()}, checkpoint=checkpoint,
+    )  # fmt: skip
