@@ -19,7 +19,7 @@ book: $(READY) ## run every notebook, build the book, print its address
 
 test: $(READY) ## check the style, the package, and every notebook against its stored outputs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q -n 2
 	$(BIN)/python -m pytest --nbval notebooks -q -n 2 --dist loadfile
 
 html: $(READY) ## build the book from the stored outputs, run nothing

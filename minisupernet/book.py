@@ -31,7 +31,9 @@ def build_html(source: Path, target: Path) -> Path:
         RunError: for a warning or an error; `target` then stays as it was.
     """
     jupyter_book = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    done = subprocess.run([*jupyter_book, "build", "--all", "-W", "-n", "--keep-going", str(source)])
+    command = [*jupyter_book, "build", "--all", "-W", "-n", "--keep-going", str(source)]
+    print("Building the pages ...", flush=True)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)  # warnings and errors come on stderr
     if done.returncode:
         raise RunError("the book was not built; the warnings and errors above say why.")
     with writing(target):
@@ -40,9 +42,7 @@ def build_html(source: Path, target: Path) -> Path:
     return target / "index.html"
 
 
-def make_book(
-    root: Path, profile: str = "quick", data: str = "auto", seed: int = 0, committed: bool = False
-) -> Path:
+def make_book(root: Path, profile: str = "quick", data: str = "auto", seed: int = 0, committed: bool = False) -> Path:
     """Run every notebook, build the book from the runs, and return its first page.
 
     All of it lies in `_build/<profile>-<data>`. With `committed` nothing is run: the stored outputs are taken, and it

@@ -29,7 +29,7 @@ from minisupernet.results import fingerprint, provenance
 from minisupernet.supernet import Fit, SuperNet, accuracy, fit_weights, fit_z, train_generator
 from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.tasks import TaskImages, experiment_1, experiment_2, hold_out
-from minisupernet.training import step_generator
+from minisupernet.training import History, step_generator
 
 __all__ = ["ADAPTED", "Bench", "Setup", "better", "original", "run_experiment"]
 
@@ -125,7 +125,7 @@ class Bench:
         """The images of the tasks with these numbers."""
         return TaskImages(self.images, self.tasks.select(numbers), raw=self.setup.faithful, **self.setup.augmentation)
 
-    def train(self, checkpoint=None):
+    def train(self, checkpoint: Path | None = None) -> History:
         """Train the generator on the trained tasks; returns the History and keeps the task vectors as `z`."""
         fit = replace(self.setup.training, seed=self.seed)
         self.z, history = train_generator(

@@ -121,8 +121,10 @@ def run_all(
     """Run notebooks, `at_once` at a time where there are the cores, and print a line for each.
 
     Raises:
-        RunError: after all have been tried, a line for each that failed.
+        RunError: before any runs, for wrong parameters; after all have been tried, a line for each that failed.
     """
+    for path in notebooks:
+        check_parameters(path, parameters)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = min(at_once, cores, len(notebooks))
     failures = []

@@ -69,6 +69,7 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
+        """Number of weights in this tensor."""
         return math.prod(self.shape)
 
 

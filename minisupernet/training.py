@@ -8,7 +8,7 @@ resumed from a checkpoint is the run that was never broken.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ class History:
 
 
 @contextmanager
-def frozen(module: nn.Module):
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """Inside the block no parameter of `module` takes part in training; afterwards all is as before."""
     before = {parameter: parameter.requires_grad for parameter in module.parameters()}
     module.requires_grad_(False)

@@ -12,8 +12,9 @@ MARKUP = re.compile(r"[*|]|(?<=\w)_(?!\w)")
 def to_restructuredtext(lines: list[str]) -> list[str]:
     """Rewrite the lines of a docstring."""
     rewritten = []
-    for is_table, block in groupby(lines, key=lambda line: line.lstrip().startswith("|")):
-        rewritten += table(list(block)) if is_table else [text(line) for line in block]
+    for is_table, group in groupby(lines, key=lambda line: line.lstrip().startswith("|")):
+        block = list(group)
+        rewritten += table(block) if is_table else [text(line) for line in block]
     return rewritten
 
 

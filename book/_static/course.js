@@ -11,9 +11,8 @@ document.addEventListener("DOMContentLoaded", () => {
   // References carry roles that browsers have given up.
   each(".citation-list, .citation", (element) => element.removeAttribute("role"));
 
-  // Names: the search button has its own words, the colour switch has its label only, the side bar is a landmark.
+  // Names: the search button has its own words, and the side bar is a landmark.
   each(".search-button-field", (button) => button.removeAttribute("aria-label"));
-  each(".theme-switch", (icon) => icon.removeAttribute("title"));
   each(".bd-sidebar-primary", (bar) => {
     bar.setAttribute("role", "navigation");
     bar.setAttribute("aria-label", "Book");

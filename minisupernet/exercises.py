@@ -1,0 +1,53 @@
+"""Checks for the exercises: they say whether an answer is right and, if not, what to think about."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["check", "check_function"]
+
+Answer = float | int | str | bool | Tensor | None
+
+
+def check(answer: Answer, expected: Answer, hint: str, tolerance: float = 0.0) -> None:
+    """Print whether `answer` is right: equal to `expected`, or for numbers and tensors within `tolerance` of it.
+
+    An answer of None counts as not given yet.
+    """
+    if answer is None:
+        print("No answer yet.")
+    else:
+        print("Right." if _same(answer, expected, tolerance) else f"Not yet: {hint}")
+
+
+def check_function(
+    answer: Callable, expected: Callable, inputs: list[tuple], hint: str, tolerance: float = 1e-5
+) -> None:
+    """Print whether the reader's function gives what `expected` gives on each of the `inputs`.
+
+    A function that returns None, as an unfinished one does, counts as not given yet.
+    """
+    for arguments in inputs:
+        try:
+            got = answer(*arguments)
+        except Exception as error:  # whatever the reader's code raises is the answer to show
+            print(f"Not yet: your function stops with {type(error).__name__}: {error}")
+            return
+        if got is None:
+            print("No answer yet.")
+            return
+        if not _same(got, expected(*arguments), tolerance):
+            print(f"Not yet: {hint}")
+            return
+    print("Right.")
+
+
+def _same(answer: Answer, expected: Answer, tolerance: float) -> bool:
+    if isinstance(expected, bool | str) or isinstance(answer, bool | str):
+        return type(answer) is type(expected) and answer == expected
+    try:
+        first, second = torch.as_tensor(answer).double(), torch.as_tensor(expected).double()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return first.shape == second.shape and bool((first - second).abs().max() <= tolerance)

@@ -1,0 +1,143 @@
+"""The protocol of experiments 1 and 2, on images that take seconds; and the command that records it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from minisupernet import experiments
+from minisupernet.__main__ import main
+from minisupernet.experiments import ADAPTED, Bench, better, original, run_experiment
+from minisupernet.results import fingerprint, load_runs
+from minisupernet.supernet import Fit
+
+
+def short(setup, unfrozen=0):
+    """The same setup with a few steps and a small generator."""
+    training = dataclasses.replace(setup.training, steps=6, tasks=min(setup.training.tasks, 3), images=4, every=3)
+    adaptation = dataclasses.replace(setup.adaptation, steps=3, images=4)
+    z_dim = 20 if setup.faithful else 4
+    return dataclasses.replace(setup, training=training, adaptation=adaptation, z_dim=z_dim, unfrozen=unfrozen)
+
+
+@pytest.fixture(scope="module")
+def many_squares():
+    from conftest import coloured_squares
+
+    return coloured_squares(classes=20, train=54, test=3)
+
+
+@pytest.mark.parametrize("experiment", [1, 2])
+@pytest.mark.parametrize("make", [original, better])
+def test_every_arm_is_measured_on_the_held_out_tasks(make, experiment, many_squares):
+    run = run_experiment(short(make(experiment, "quick"), unfrozen=1), many_squares, seed=1, report=lambda line: None)
+    held = len(run["held_out"])
+    assert set(run["arms"]) == {*ADAPTED, "no_adaptation", "unfrozen"}
+    for arm in (*ADAPTED, "no_adaptation"):
+        assert len(run["arms"][arm]["test"]) == held
+    assert len(run["arms"]["unfrozen"]["test"]) == 1
+    assert len(run["trained"]["right_z"]) == len(run["trained"]["wrong_z"]) > held
+    assert run["generator"]["sha256_before"] == run["generator"]["sha256_after"]
+    assert run["data"]["name"] == "squares" and len(run["data"]["sha256"]) == 64
+    assert run["parameters"]["target"] == 37_165 and run["seed"] == 1 and run["fold"] == 1
+    json.dumps(run)
+
+
+def test_a_run_repeats_itself(many_squares):
+    setup = short(better(2, "quick"))
+    first, again = (run_experiment(setup, many_squares, report=lambda line: None) for _ in range(2))
+    assert first["arms"] == again["arms"] and first["trained"] == again["trained"]
+
+
+def test_the_rate_is_chosen_on_validation_images(many_squares, monkeypatch):
+    """The best validation rate counts even where another is better on test images."""
+    scores = {("validation", 1e-2): 0.6, ("validation", 3e-2): 0.8, ("validation", 1e-1): 0.7}
+    scores |= {("test", 1e-2): 0.9, ("test", 3e-2): 0.5, ("test", 1e-1): 0.6}
+    bench = Bench(short(better(2, "quick")), many_squares)
+    monkeypatch.setattr(bench, "adapt", lambda arm, rate, data: rate)
+    monkeypatch.setattr(experiments, "accuracy", lambda t, rate, d, split="test": torch.tensor([scores[split, rate]]))
+    best = experiments._best_rate(bench, "z_only", lambda line: None)
+    assert best["rate"] == 3e-2 and best["test"] == [0.5]
+
+
+def test_the_original_is_set_up_as_its_code():
+    setup = original(1)
+    assert setup.training.steps == 50_000 and setup.training.images == 20 and setup.training.tasks == 1
+    assert setup.training.rate == 1e-4 and setup.training.optimizer == "tensorflow-rmsprop" and not setup.training.cycle
+    assert setup.adaptation.steps == 1_000 and setup.faithful and not setup.augmentation and setup.z_dim == 100
+
+
+def test_the_original_sees_raw_pixels_and_a_linear_head(many_squares):
+    bench = Bench(short(original(1, "quick")), many_squares)
+    assert bench.target.head_slope == 1.0 and bench.generator.bound == 1.0 and not bench.generator.trunk
+    assert bench.data([0]).batch(0, 0, 4)[1].max() > 200
+    assert Bench(short(better(1, "quick")), many_squares).data([0]).batch(0, 0, 4)[1].abs().max() < 10
+
+
+def test_two_equal_copies_of_z_move_as_one_at_twice_the_rate():
+    """The original's new z is W_z + b_z; RMSProp moves both by the same step."""
+    start = torch.randn(5)
+    copies, single = [torch.nn.Parameter(start / 2) for _ in range(2)], torch.nn.Parameter(start.clone())
+    goal = torch.randn(5)
+    fit = Fit(1, optimizer="tensorflow-rmsprop")
+    two = dataclasses.replace(fit, z_rate=1e-2).make_optimizer([], copies)
+    one = dataclasses.replace(fit, z_rate=2e-2).make_optimizer([], [single])
+    for _ in range(20):
+        for optimizer, z in ((two, copies[0] + copies[1]), (one, single)):
+            optimizer.zero_grad()
+            (z - goal).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(copies[0] + copies[1], single)
+
+
+def test_the_wrong_generator_is_a_fresh_one(many_squares):
+    bench = Bench(short(better(1, "quick")), many_squares)
+    start = fingerprint(bench.generator)
+    assert fingerprint(bench.new_generator(0)) == start != fingerprint(bench.new_generator(1_000))
+    bench.train()
+    assert fingerprint(bench.generator) != start
+
+
+@pytest.fixture
+def squares_file(tmp_path, many_squares):
+    path = tmp_path / "squares.npz"
+    arrays = {f"{part}_labels": getattr(many_squares, f"{part}_labels").numpy() for part in ("train", "test")}
+    for part in ("train", "test"):
+        arrays[f"{part}_images"] = getattr(many_squares, f"{part}_images").permute(0, 2, 3, 1).numpy()
+    np.savez(path, **arrays)
+    return path
+
+
+def test_the_command_records_a_run_for_each_seed(tmp_path, squares_file, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "better", lambda experiment, profile: short(better(experiment, profile)))
+    out = tmp_path / "results" / "experiment.json"
+    command = [
+        "experiment",
+        "2",
+        "--profile",
+        "quick",
+        "--data",
+        str(squares_file),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--seeds", "0", "1"]) == 0
+    assert main([*command, "--seeds", "1"]) == 0
+    assert [run["seed"] for run in load_runs(out)] == [0, 1]
+    assert "recorded in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(["--data", "cifar1000"], "cifar1000"), (["--device", "tpu"], "device 'tpu' is not available here")],
+)
+def test_the_command_refuses_in_one_line(option, message, squares_file, capsys):
+    base = {"--data": str(squares_file), "--device": "cpu"} | {option[0]: option[1]}
+    arguments = [word for pair in base.items() for word in pair]
+    assert main(["experiment", "1", "--profile", "quick", *arguments]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
