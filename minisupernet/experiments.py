@@ -89,14 +89,14 @@ def original(experiment: int, profile: str = "full") -> Setup:
 def better(experiment: int, profile: str = "full") -> Setup:
     """A better generator: 16 learned numbers a task, one hidden layer, ordinary starting scale, normalised images."""
     full = profile == "full"
-    steps = {1: 700, 2: 1_500}[experiment] if full else 150
+    training = Fit(700 if full else 200, 1e-3, tasks=40)
     adaptation = Fit(300 if full else 100, every=1_000)
     rates = {
         "z_only": (1e-2, 3e-2, 1e-1), "random_generator": (1e-2, 3e-2, 1e-1),
         "from_scratch": (3e-4, 1e-3, 3e-3), "fine_tuned": (1e-4, 3e-4, 1e-3),
     }  # fmt: skip
-    augmentation = {"flip": True, "crop": 4, "cutout": 10} if experiment == 1 else {"flip": True}
-    return Setup("better", experiment, Fit(steps, 1e-3, tasks=40), adaptation, rates, augmentation=augmentation)
+    augmentation = {"flip": 1, "crop": 4, "cutout": 10 if experiment == 1 else 0}
+    return Setup("better", experiment, training, adaptation, rates, augmentation=augmentation)
 
 
 class Bench:
