@@ -92,7 +92,7 @@ def better(experiment: int, profile: str = "full") -> Setup:
     training = Fit(700 if full else 200, 1e-3, tasks=40)
     adaptation = Fit(300 if full else 100, every=1_000)
     rates = {
-        "z_only": (1e-2, 3e-2, 1e-1), "random_generator": (1e-2, 3e-2, 1e-1),
+        "z_only": (3e-2, 1e-1, 3e-1), "random_generator": (3e-2, 1e-1, 3e-1),
         "from_scratch": (3e-4, 1e-3, 3e-3), "fine_tuned": (1e-4, 3e-4, 1e-3),
     }  # fmt: skip
     augmentation = {"flip": 1, "crop": 4, "cutout": 10 if experiment == 1 else 0}
