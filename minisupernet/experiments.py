@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minisupernet.data import ImageSet
 from minisupernet.results import fingerprint, provenance
-from minisupernet.supernet import Fit, SuperNet, accuracy, fit_weights, fit_z, train_generator
+from minisupernet.supernet import Fit, GeneratorError, SuperNet, accuracy, fit_weights, fit_z, train_generator
 from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.tasks import TaskImages, experiment_1, experiment_2, hold_out
 from minisupernet.training import History, step_generator
@@ -67,6 +67,7 @@ def original(experiment: int, profile: str = "full") -> Setup:
     Full: 50,000 steps of 20 images, then 1,000 steps on each new task. Its new z is the sum of two equal vectors, which
     RMSProp moves by the same step each: one vector at twice the rate.
     """
+    _check_profile(profile)
     full = profile == "full"
     training = Fit(
         50_000 if full else 2_000, 1e-4, images=20, tasks=1, optimizer="tensorflow-rmsprop", cycle=False, every=5_000
@@ -88,15 +89,23 @@ def original(experiment: int, profile: str = "full") -> Setup:
 
 def better(experiment: int, profile: str = "full") -> Setup:
     """A better generator: 16 learned numbers a task, one hidden layer, ordinary starting scale, normalised images."""
-    full = profile == "full"
-    training = Fit(700 if full else 200, 1e-3, tasks=40)
-    adaptation = Fit(300 if full else 100, every=1_000)
+    _check_profile(profile)
+    if profile == "quick":
+        training, adaptation = Fit(200, 2e-3, tasks=24, images=16, every=50), Fit(80, images=16, every=1_000)
+        rates = {"z_only": (1e-1,), "random_generator": (1e-1,), "from_scratch": (3e-3,), "fine_tuned": (1e-3,)}
+        return Setup("better", experiment, training, adaptation, rates, augmentation={"flip": 1, "crop": 2})
     rates = {
         "z_only": (3e-2, 1e-1, 3e-1), "random_generator": (3e-2, 1e-1, 3e-1),
         "from_scratch": (3e-4, 1e-3, 3e-3), "fine_tuned": (1e-4, 3e-4, 1e-3),
     }  # fmt: skip
     augmentation = {"flip": 1, "crop": 4, "cutout": 10 if experiment == 1 else 0}
-    return Setup("better", experiment, training, adaptation, rates, augmentation=augmentation)
+    adaptation = Fit(300, every=1_000)
+    return Setup("better", experiment, Fit(700, 1e-3, tasks=40), adaptation, rates, augmentation=augmentation)
+
+
+def _check_profile(profile: str) -> None:
+    if profile not in ("quick", "full"):
+        raise GeneratorError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
 
 
 class Bench:

@@ -3,16 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisupernet.results import interval
 
 if TYPE_CHECKING:  # matplotlib is imported when a figure is drawn, not with the package
+    from IPython.display import Markdown
     from matplotlib.figure import Figure
 
     from minisupernet.training import History
 
-__all__ = ["COLOURS", "curves", "image_grid", "kernel_grid", "ladder", "new_figure"]
+__all__ = ["COLOURS", "curves", "image_grid", "kernel_grid", "ladder", "new_figure", "table"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
 
@@ -39,8 +40,9 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: floa
 
 def image_grid(images: Tensor, row_names: Sequence[str] = (), column_names: Sequence[str] = ()) -> "Figure":
     """A table of pictures: images (rows, columns, 3, H, W) uint8, with names at the left and on top."""
-    rows, columns, _, height, width = images.shape
-    pixels = images.cpu().permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    framed = nn.functional.pad(images.cpu(), (0, 1, 0, 1), value=255)  # a white line between pictures
+    rows, columns, _, height, width = framed.shape
+    pixels = framed.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
     left = 0.11 * max((len(name) for name in row_names), default=0)
     cell = min(0.75, (7.5 - left) / columns)
     figure, axes = new_figure(width=left + columns * cell, height=rows * cell + (0.3 if column_names else 0.05))
@@ -56,10 +58,7 @@ def image_grid(images: Tensor, row_names: Sequence[str] = (), column_names: Sequ
 def kernel_grid(kernels: Tensor, row_names: Sequence[str] = ()) -> "Figure":
     """First-layer kernels (rows, filters, 3, h, w) as small colour pictures on one common scale; grey is zero."""
     limit = kernels.abs().max()
-    pixels = ((kernels / limit + 1) * 127.5).byte()
-    framed = pixels.new_full((*pixels.shape[:3], pixels.shape[3] + 1, pixels.shape[4] + 1), 255)
-    framed[..., :-1, :-1] = pixels
-    return image_grid(framed, row_names)
+    return image_grid(((kernels.detach() / limit + 1) * 127.5).byte(), row_names)
 
 
 def curves(histories: Mapping[str, "History"], measure: str, label: str) -> "Figure":
@@ -90,6 +89,14 @@ def ladder(
     if chance is not None:
         axes.axvline(100 * chance, color=COLOURS[-1], linestyle="--", linewidth=1)
     axes.set_yticks(range(len(arms)), arms)
-    axes.invert_yaxis()
+    axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(label)
     return figure
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> "Markdown":
+    """A table that JupyterLab, Colab and the book all draw."""
+    from IPython.display import Markdown
+
+    lines = [header, ["---"] * len(header), *rows]
+    return Markdown("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))

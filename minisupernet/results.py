@@ -17,7 +17,10 @@ from torch import nn
 from minisupernet.data import ImageSet
 from minisupernet.files import whole_file
 
-__all__ = ["Interval", "ResultError", "fingerprint", "interval", "load_runs", "paired", "provenance", "record_run"]
+__all__ = [
+    "Interval", "ResultError", "difference", "fingerprint", "interval", "load_runs", "paired", "provenance",
+    "record_run", "results_file", "task_means",
+]  # fmt: skip
 
 RESAMPLES = 10_000
 
@@ -129,3 +132,44 @@ def record_run(path: str | Path, run: dict, keys: tuple[str, ...]) -> None:
         runs.sort(key=lambda each: [str(each.get(key)) for key in keys])
         with whole_file(path) as part:
             part.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+def results_file(name: str) -> Path:
+    """Where a recorded result lies: in the repository, or with the installed package."""
+    here = Path(__file__).parent
+    in_repository = here.parent / "results" / name
+    return in_repository if in_repository.exists() else here / "recorded" / name
+
+
+def task_means(runs: Sequence[dict], setup: str, arm: str) -> dict[int, float]:
+    """Test accuracy of each task under one arm, a mean over the runs that measured it: {task number: accuracy}.
+
+    Args:
+        runs: as `load_runs` gives them, of one experiment.
+        setup: "original" or "better".
+        arm: a key of a run's "arms" (held-out tasks), or "right_z" or "wrong_z" (trained tasks).
+
+    Raises:
+        ResultError: where no run has it.
+    """
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        if run["setup"] == setup and arm in {**run["arms"], **run["trained"]}:
+            values = run["arms"][arm]["test"] if arm in run["arms"] else run["trained"][arm]
+            numbers = run["held_out"] if arm in run["arms"] else _trained_tasks(run)
+            for number, value in zip(numbers, values, strict=False):  # the unfrozen arm stops after a few tasks
+                found.setdefault(number, []).append(value)
+    if not found:
+        raise ResultError(f"no recorded run has the arm '{arm}' under the set-up '{setup}'.")
+    return {number: sum(values) / len(values) for number, values in sorted(found.items())}
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> Interval:
+    """The paired difference of two arms over the tasks that both measured."""
+    both = sorted(first.keys() & second.keys())
+    return paired([first[task] for task in both], [second[task] for task in both])
+
+
+def _trained_tasks(run: dict) -> list[int]:
+    total = len(run["held_out"]) + len(run["trained"]["right_z"])
+    return [number for number in range(total) if number not in run["held_out"]]

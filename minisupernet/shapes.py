@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, cos, hypot, maximum, minimum, ones_like, sin
+from torch import Tensor, cos, hypot, maximum, minimum, sin
 from torch.nn import functional
 
 __all__ = ["class_names", "draw", "shape_names", "superclass_of", "version"]
@@ -48,7 +48,7 @@ def _shapes() -> dict[str, Callable[..., Tensor]]:
         "flower": lambda u, v, r, a: r - 0.7 - 0.3 * cos(6 * a),
         "frame": lambda u, v, r, a: _box(u, v, 0.65, 0.65).abs() - 0.2,
         "gear": lambda u, v, r, a: r - 0.8 - 0.15 * cos(9 * a).sign(),
-        "heart": lambda u, v, r, a: hypot(1.1 * u, v + 0.7 * u.abs().sqrt() - 0.25) - 0.8,
+        "heart": lambda u, v, r, a: hypot(1.1 * u, v + 0.7 * u.abs().sqrt() - 0.25) - 0.4,
         "kite": lambda u, v, r, a: 1.5 * u.abs() + maximum(-1.7 * v, 0.9 * v) - 0.9,
         "oval": lambda u, v, r, a: hypot(1.8 * u, v) - 1,
         "pentagon": lambda u, v, r, a: _polygon(5, r, a),
@@ -65,8 +65,8 @@ def _textures() -> dict[str, Callable[..., Tensor]]:
     """Each texture as g(u, v, r, p): the second colour where positive; u, v, r in radians, p a random phase."""
     return {
         "checked": lambda u, v, r, p: sin(u + p) * sin(v + p),
-        "dotted": lambda u, v, r, p: sin(u + p) + sin(v + p) - 0.8,
-        "plain": lambda u, v, r, p: ones_like(u),
+        "dotted": lambda u, v, r, p: sin(u + p) + sin(v + p) - 0.4,
+        "plain": lambda u, v, r, p: 0 * u - 0.05,
         "ringed": lambda u, v, r, p: sin(r + p),
         "striped": lambda u, v, r, p: sin(u + p),
     }
@@ -113,7 +113,8 @@ def _paint(canvas: Tensor, colour: Tensor, mask: Tensor) -> None:
 def _draw_class(shape: Callable, texture: Callable, count: int, generator: torch.Generator) -> Tensor:
     """Images of one fine class, (count, 3, SIZE, SIZE) uint8."""
     ground, colour, distractor = torch.rand(3, count, 3, 1, 1, generator=generator)
-    canvas = 0.5 * ground + 0.5 * torch.rand(count, 3, 3, 3, generator=generator)
+    ground, colour = 0.2 + 0.45 * ground, 0.5 + 0.5 * colour  # any hue; the shape's colour is the lighter one
+    canvas = 0.7 * ground + 0.3 * (0.2 + 0.45 * torch.rand(count, 3, 3, 3, generator=generator))
     canvas = functional.interpolate(canvas, size=(SIZE, SIZE), mode="bilinear", align_corners=True)
     u, v = _place(count, 2, 4, 13, generator)
     _paint(canvas, distractor, (3.5 - 3 * hypot(u, 1.5 * v)).clamp_(0, 1))
@@ -123,7 +124,7 @@ def _draw_class(shape: Callable, texture: Callable, count: int, generator: torch
     waves, phase = _uniform(count, 6, 9, generator), _uniform(count, 0, 2 * math.pi, generator)
     second = (0.5 + 2 * texture(waves * u, waves * v, waves * r, phase)).clamp_(0, 1)
     _paint(canvas, colour, inside)
-    _paint(canvas, 1 - colour, inside * second)
+    _paint(canvas, 0.25 * colour, inside * second)
     noise = torch.rand(canvas.shape, generator=generator).sub_(0.5)
     canvas += noise * _uniform(count, 0.05, 0.2, generator).unsqueeze(1)
     return (canvas.clamp_(0, 1) * 255).round_().to(torch.uint8)

@@ -7,6 +7,7 @@ resumed from a checkpoint is the run that was never broken.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,7 +124,8 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     start, history = _resume(checkpoint, state, optimizer, steps)
     losses, clock = _Losses(start, rates), _Clock(history)
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=label, leave=False):
+    quiet = bool(os.environ.get("TQDM_DISABLE"))  # in a notebook tqdm does not look by itself
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=label, leave=False, disable=quiet):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step / steps)
         with autocast:

@@ -52,10 +52,10 @@ def test_no_image_is_there_twice(whole):
     assert len({image.tobytes() for image in images}) == 60_000
 
 
-def test_colour_does_not_give_the_class_away(whole):
-    means = whole["train_images"].reshape(100, 500, -1, 3).mean((1, 2))  # (classes, colours)
-    within = whole["train_images"].reshape(100, 500, -1, 3).mean(2).std((0, 1))
-    assert (means.std(0) < 0.12 * within).all()  # 1 / sqrt(500) = 0.045 of it comes from chance alone
+def test_hue_does_not_give_the_class_away(whole):
+    colours = whole["train_images"].reshape(100, 500, -1, 3).mean(2)  # (classes, images, colours)
+    hues = colours - colours.mean(2, keepdims=True)
+    assert (hues.mean(1).std(0) < 0.12 * hues.std((0, 1))).all()  # chance alone gives 1 / sqrt(500) = 0.045 of it
 
 
 def test_every_shape_and_texture_looks_different():
