@@ -74,17 +74,8 @@ def original(experiment: int, profile: str = "full") -> Setup:
     )
     adaptation = replace(training, steps=1_000 if full else 200, tasks=None, every=1_000)
     rates = {"z_only": (2e-4,), "random_generator": (2e-4,), "from_scratch": (1e-4,), "fine_tuned": (1e-4,)}
-    return Setup(
-        "original",
-        experiment,
-        training,
-        adaptation,
-        rates,
-        z_dim=100,
-        hidden=(),
-        faithful=True,
-        unfrozen=4 if full else 0,
-    )
+    unfrozen = 4 if full else 0
+    return Setup("original", experiment, training, adaptation, rates, 100, (), faithful=True, unfrozen=unfrozen)
 
 
 def better(experiment: int, profile: str = "full") -> Setup:

@@ -1,6 +1,6 @@
 """Draws Shapes-100, a stand-in for CIFAR-100 that needs no download: 20 shapes in 5 textures, 32x32 pixels.
 
-The shape is the coarse class, the texture and the shape together are the fine class. Colours, position, size, rotation,
+The shape is the coarse class, the texture and the shape together are the fine class. Hue, position, size, rotation,
 contrast, background, a distractor and noise are random and tell nothing about the class.
 """
 
@@ -48,7 +48,7 @@ def _shapes() -> dict[str, Callable[..., Tensor]]:
         "flower": lambda u, v, r, a: r - 0.7 - 0.3 * cos(6 * a),
         "frame": lambda u, v, r, a: _box(u, v, 0.65, 0.65).abs() - 0.2,
         "gear": lambda u, v, r, a: r - 0.8 - 0.15 * cos(9 * a).sign(),
-        "heart": lambda u, v, r, a: hypot(1.1 * u, v + 0.7 * u.abs().sqrt() - 0.25) - 0.4,
+        "heart": lambda u, v, r, a: hypot(1.1 * u, v + 0.7 * u.abs().sqrt() - 0.25) - 0.8,
         "kite": lambda u, v, r, a: 1.5 * u.abs() + maximum(-1.7 * v, 0.9 * v) - 0.9,
         "oval": lambda u, v, r, a: hypot(1.8 * u, v) - 1,
         "pentagon": lambda u, v, r, a: _polygon(5, r, a),
