@@ -61,7 +61,7 @@ def _cell(runs: Sequence[dict], setup: str, arm: str) -> str:
         found = interval(list(task_means(runs, setup, arm).values()))
     except ResultError:
         return "not run"
-    return f"{found.percent()}, n = {found.n}"
+    return f"{found.percent()}, n\u00a0=\u00a0{found.n}"
 
 
 def differences_table(runs: Sequence[dict]) -> "Markdown":

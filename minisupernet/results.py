@@ -87,7 +87,7 @@ def provenance(images: ImageSet, device: torch.device) -> dict:
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-        "device": f"{device.type}: {name}, {torch.get_num_threads()} threads",
+        "device": f"{device.type}: {name}, threads: {torch.get_num_threads()}",
         "data": {"name": images.name, "sha256": images.checksum()},
     }
 

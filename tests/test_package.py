@@ -48,7 +48,7 @@ def test_importing_is_quick_and_touches_no_cuda():
     assert not HEAVY & set(runs[0][2])
     assert f"minisupernet.{LIBRARY[0]}" in runs[0][2]
     torch_seconds, own_seconds = min(run[0] for run in runs), min(run[1] for run in runs)
-    assert own_seconds < 0.1 * torch_seconds + 0.05, f"{own_seconds:.2f} s beside torch's {torch_seconds:.2f} s"
+    assert own_seconds < 0.1 * torch_seconds, f"{own_seconds:.2f} s beside torch's {torch_seconds:.2f} s"
 
 
 def public_names(module: str) -> list[tuple[str, object]]:
