@@ -31,7 +31,7 @@ from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.tasks import TaskImages, experiment_1, experiment_2, hold_out
 from minisupernet.training import History, step_generator
 
-__all__ = ["ADAPTED", "Bench", "Setup", "better", "original", "run_experiment"]
+__all__ = ["ADAPTED", "Bench", "Setup", "best_rate", "better", "original", "run_experiment"]
 
 ADAPTED = ("z_only", "random_generator", "from_scratch", "fine_tuned")
 
@@ -211,7 +211,7 @@ def run_experiment(
     seconds = time.perf_counter() - began
     report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {_mean(trained['right_z']):.3f}")
     before = fingerprint(bench.generator)
-    arms = {arm: _best_rate(bench, arm, report) for arm in ADAPTED}
+    arms = {arm: best_rate(bench, arm, report) for arm in ADAPTED}
     frozen_proof = {"sha256_before": before, "sha256_after": fingerprint(bench.generator)}
     arms["no_adaptation"] = {"test": _no_adaptation(bench)}
     if setup.unfrozen:
@@ -234,8 +234,12 @@ def run_experiment(
     }
 
 
-def _best_rate(bench: Bench, arm: str, report: Callable[[str], None]) -> dict:
-    """Adapt at each learning rate; keep the test accuracies of the one that is best on validation images."""
+def best_rate(bench: Bench, arm: str, report: Callable[[str], None] = print) -> dict:
+    """Adapt at each of the arm's learning rates; keep the one that is best on validation images.
+
+    Returns:
+        Its "rate", "validation" accuracy and "test" accuracies, one a held-out task; and what was "tried".
+    """
     data, tried = bench.data(bench.held_out), []
     for rate in bench.setup.rates[arm]:
         weights = bench.adapt(arm, rate, data)

@@ -58,7 +58,7 @@ def test_the_rate_is_chosen_on_validation_images(many_squares, monkeypatch):
     bench = Bench(short(better(2)), many_squares)
     monkeypatch.setattr(bench, "adapt", lambda arm, rate, data: rate)
     monkeypatch.setattr(experiments, "accuracy", lambda t, rate, d, split="test": torch.tensor([scores[split, rate]]))
-    best = experiments._best_rate(bench, "z_only", lambda line: None)
+    best = experiments.best_rate(bench, "z_only", lambda line: None)
     assert best["rate"] == 1e-1 and best["test"] == [0.5]
 
 
