@@ -1,4 +1,4 @@
-"""The command line: `python -m minisupernet data | book | notebooks | experiment`."""
+"""The command line: `python -m minisupernet data | book | notebooks | experiment | study`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; an error of the package is one line and no traceback."""
     parser = argparse.ArgumentParser(prog="python -m minisupernet", description="Networks that make networks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add_command in (add_data, add_book, add_notebooks, add_experiment):
+    for add_command in (add_data, add_book, add_notebooks, add_experiment, add_study):
         add_command(commands)
     options = parser.parse_args(arguments)
     try:
@@ -113,6 +113,34 @@ def run_experiment_command(options: argparse.Namespace) -> None:
         record_run(out, run, keys=("setup", "seed"))
         checkpoint.unlink(missing_ok=True)
         print(f"{name}: recorded in {out}")
+
+
+def add_study(commands: argparse._SubParsersAction) -> None:
+    """`study`: measure the system of chapter 2, 3, 4 or 8 and record it."""
+    parser = commands.add_parser("study", help="measure the system of chapter 2, 3, 4 or 8 and record it as JSON")
+    parser.add_argument("name", help="net2net, static_hypernet, hyperlstm or pudnet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed (0)")
+    parser.add_argument("--profile", choices=("quick", "full"), default="full")
+    parser.add_argument("--data", help="auto, cifar10, cifar100, shapes100 or a .npz file (the study's own)")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (auto)")
+    parser.add_argument("--threads", type=int, help="CPU threads (all)")
+    parser.add_argument("--out", type=Path, help="result file (the study's own in results/)")
+    parser.set_defaults(run=run_study)
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Measure each seed and record it as soon as it is done; a seed already recorded is replaced."""
+    import torch
+
+    from minisupernet.studies import record_study
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    for seed in options.seeds:
+        path = record_study(
+            options.name, seed, options.profile, options.data, options.device, options.out,
+        )  # fmt: skip
+        print(f"{options.name}, seed {seed}: recorded in {path}")
 
 
 if __name__ == "__main__":

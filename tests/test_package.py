@@ -13,7 +13,10 @@ import pytest
 import minisupernet
 
 FOLDER = Path(minisupernet.__file__).parent
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py") if path.stem != "__init__"
+)  # fmt: skip
 LIBRARY = [name for name in MODULES if name not in ("__main__", "plots")]  # plots may import matplotlib
 HEAVY = {"torchvision", "matplotlib", "papermill", "nbformat", "jupyter_client", "IPython", "ipywidgets"}
 
@@ -86,7 +89,7 @@ def test_public_names_are_documented_and_typed(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_public_names_are_those_a_reader_sees(module):
-    tree = ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((FOLDER / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     names = importlib.import_module(f"minisupernet.{module}").__all__
     assert list(names) == sorted(set(names), key=names.index), f"__all__ of {module} names something twice"
     top = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -96,7 +99,7 @@ def test_public_names_are_those_a_reader_sees(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_and_functions_are_short(module):
-    text = (FOLDER / f"{module}.py").read_text(encoding="utf-8")
+    text = (FOLDER / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 270, f"{module}.py is long; is it two ideas?"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

@@ -1,0 +1,66 @@
+"""What is measured for chapters 2, 3, 4 and 8: one module a system, each with a function `measure`."""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from minisupernet.data import load
+from minisupernet.results import provenance, record_run, results_file
+from minisupernet.training import pick_device
+
+__all__ = ["STUDIES", "Study", "StudyError", "record_study"]
+
+
+class StudyError(ValueError):
+    """A study or profile that does not exist; the message says which do."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where one study's runs are recorded, and the images it takes unless told otherwise."""
+
+    result: str
+    data: str = "cifar10"
+
+
+STUDIES = {
+    "net2net": Study("02_net2net.json"),
+    "static_hypernet": Study("03_static_hypernetworks.json"),
+    "hyperlstm": Study("04_dynamic_hypernetworks.json"),
+    "pudnet": Study("08_pudnet.json", "cifar100"),
+}
+
+
+def record_study(
+    name: str, seed: int = 0, profile: str = "full", data: str | None = None, device: str = "auto",
+    out: Path | None = None, report: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
+    """Measure one study with one seed and record it, in place of an older run of that seed and profile.
+
+    Args:
+        name: a key of `STUDIES`.
+        profile: "quick", to try it, or "full", as in the book.
+        data: an image set, as `minisupernet.data.load` takes it; by default the study's own.
+        out: the result file; by default the one in `results`.
+        report: told each stage as it ends, in one line.
+
+    Returns:
+        The result file.
+
+    Raises:
+        StudyError: for a study or a profile that does not exist.
+    """
+    if name not in STUDIES:
+        raise StudyError(f"there is no study '{name}'; choose one of {', '.join(STUDIES)}.")
+    if profile not in ("quick", "full"):
+        raise StudyError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
+    study, began = STUDIES[name], time.perf_counter()
+    images = load(data or study.data, pick_device(device))
+    found = importlib.import_module(f"minisupernet.studies.{name}").measure(images, seed, profile, report)
+    seconds = round(time.perf_counter() - began, 1)
+    origin = provenance(images, images.device)
+    path = out or results_file(study.result)
+    record_run(path, {"profile": profile, "seed": seed, **found, "seconds": seconds, **origin}, ("profile", "seed"))
+    return path
