@@ -82,7 +82,7 @@ def add_experiment(commands: argparse._SubParsersAction) -> None:
     """`experiment`: run experiment 1 or 2 and record what it measured."""
     parser = commands.add_parser("experiment", help="run experiment 1 or 2 and record it as JSON; needs no Jupyter")
     parser.add_argument("number", type=int, choices=(1, 2))
-    parser.add_argument("--setup", choices=("original", "better"), default="better")
+    parser.add_argument("--setup", choices=("original", "better", "unseen_pairs"), default="better")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed; seed s holds out fold s (0)")
     parser.add_argument("--profile", choices=("quick", "full"), default="full")
     parser.add_argument("--data", default="cifar100", help="auto, cifar100, shapes100 or a .npz file (cifar100)")

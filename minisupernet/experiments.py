@@ -20,9 +20,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisupernet.data import ImageSet
 from minisupernet.results import fingerprint, provenance
@@ -31,7 +32,7 @@ from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.tasks import TaskImages, experiment_1, experiment_2, hold_out
 from minisupernet.training import History, step_generator
 
-__all__ = ["ADAPTED", "Bench", "Setup", "best_rate", "better", "original", "run_experiment"]
+__all__ = ["ADAPTED", "Bench", "Setup", "best_rate", "better", "original", "run_experiment", "unseen_pairs"]
 
 ADAPTED = ("z_only", "random_generator", "from_scratch", "fine_tuned")
 
@@ -54,6 +55,7 @@ class Setup:
     faithful: bool = False  # the original's generator, classifier, start and raw pixels
     augmentation: dict[str, int] = field(default_factory=dict)
     unfrozen: int = 0
+    pairs: bool = False  # experiment 2: hold out both orientations of a pair, not only the reversed one
 
     @property
     def folds(self) -> int:
@@ -94,6 +96,13 @@ def better(experiment: int, profile: str = "full") -> Setup:
     return Setup("better", experiment, Fit(700, 1e-3, tasks=40), adaptation, rates, augmentation=augmentation)
 
 
+def unseen_pairs(experiment: int = 2, profile: str = "full") -> Setup:
+    """Experiment 2 by the better generator, on pairs of classes that it met in neither orientation."""
+    if experiment != 2:
+        raise GeneratorError("only experiment 2 has pairs; use 'better' for experiment 1.")
+    return replace(better(2, profile), name="unseen_pairs", pairs=True)
+
+
 def _check_profile(profile: str) -> None:
     if profile not in ("quick", "full"):
         raise GeneratorError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
@@ -108,7 +117,7 @@ class Bench:
         self.target = TaskClassifier(head_activation=not setup.faithful).to(images.device)
         self.spec = WeightSpec.of(self.target)
         self.tasks = (experiment_1, experiment_2)[setup.experiment - 1](images.classes)
-        self.trained, self.held_out = hold_out(setup.experiment, self.fold, setup.folds, images.classes)
+        self.trained, self.held_out = hold_out(setup.experiment, self.fold, setup.folds, images.classes, setup.pairs)
         self.generator, self.z = self.new_generator(seed), None
 
     def new_generator(self, seed: int) -> SuperNet:
@@ -129,13 +138,9 @@ class Bench:
         """Train the generator on the trained tasks; returns the History and keeps the task vectors as `z`."""
         fit = replace(self.setup.training, seed=self.seed)
         self.z, history = train_generator(
-            self.generator,
-            self.target,
-            self.data(self.trained),
-            fit,
-            one_hot=self.setup.faithful,
-            checkpoint=checkpoint,
-        )
+            self.generator, self.target, self.data(self.trained), fit,
+            one_hot=self.setup.faithful, checkpoint=checkpoint,
+        )  # fmt: skip
         return history
 
     def mean_z(self) -> Tensor:
@@ -214,14 +219,14 @@ def run_experiment(
     history = bench.train(checkpoint)
     trained = bench.measure_trained()
     seconds = time.perf_counter() - began
-    report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {_mean(trained['right_z']):.3f}")
-    before = fingerprint(bench.generator)
+    report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {fmean(trained['right_z']):.3f}")
+    before, size = fingerprint(bench.generator), sum(each.numel() for each in bench.generator.parameters())
     arms = {arm: best_rate(bench, arm, report) for arm in ADAPTED}
     frozen_proof = {"sha256_before": before, "sha256_after": fingerprint(bench.generator)}
     arms["no_adaptation"] = {"test": bench.no_adaptation()}
     if setup.unfrozen:
         arms["unfrozen"] = {"test": bench.adapt_unfrozen(bench.held_out[: setup.unfrozen])}
-        report(f"unfrozen: {_mean(arms['unfrozen']['test']):.3f}")
+        report(f"unfrozen: {fmean(arms['unfrozen']['test']):.3f}")
     return {
         "setup": setup.name,
         "experiment": setup.experiment,
@@ -233,7 +238,7 @@ def run_experiment(
         "trained": trained,
         "generator": frozen_proof,
         "history": history.rows,
-        "parameters": {"target": bench.spec.size, "z": setup.z_dim, "generator": _size(bench.generator)},
+        "parameters": {"target": bench.spec.size, "z": setup.z_dim, "generator": size},
         "seconds": round(time.perf_counter() - began, 1),
         **provenance(images, bench.generator.head_bias.device),
     }
@@ -253,17 +258,9 @@ def best_rate(bench: Bench, arm: str, report: Callable[[str], None] = print) -> 
         if best is None or validation > best["validation"]:
             best, best_weights = tried[-1], weights
     test = _rounded(accuracy(bench.target, best_weights, data))  # test images are met once, by the chosen rate
-    report(f"{arm}: {_mean(test):.3f} at rate {best['rate']:g}")
+    report(f"{arm}: {fmean(test):.3f} at rate {best['rate']:g}")
     return {**best, "test": test, "tried": tried}
 
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, 4) for value in values.tolist()]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

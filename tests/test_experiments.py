@@ -9,7 +9,7 @@ import torch
 
 from minisupernet import experiments
 from minisupernet.__main__ import main
-from minisupernet.experiments import ADAPTED, Bench, better, original, run_experiment
+from minisupernet.experiments import ADAPTED, Bench, better, original, run_experiment, unseen_pairs
 from minisupernet.results import fingerprint, load_runs
 from minisupernet.supernet import Fit
 
@@ -43,6 +43,16 @@ def test_every_arm_is_measured_on_the_held_out_tasks(make, experiment, many_squa
     assert run["data"]["name"] == "squares" and len(run["data"]["sha256"]) == 64
     assert run["parameters"]["target"] == 37_165 and run["seed"] == 1 and run["fold"] == 1
     json.dumps(run)
+
+
+def test_unseen_pairs_are_trained_in_neither_orientation(many_squares):
+    bench = Bench(short(unseen_pairs(2, "quick")), many_squares)
+    tasks = bench.tasks
+    met = {frozenset((tasks.positive[n], tasks.negative[n])) for n in bench.trained}
+    asked = [frozenset((tasks.positive[n], tasks.negative[n])) for n in bench.held_out]
+    assert not met & set(asked) and len(asked) == 2 * len(set(asked)) > 0
+    with pytest.raises(experiments.GeneratorError, match="only experiment 2"):
+        unseen_pairs(1)
 
 
 def test_a_run_repeats_itself(many_squares):
