@@ -1,0 +1,211 @@
+"""Static HyperNetworks (Ha, Dai and Le, 2016): one small generator makes the kernels of a deep convolutional network.
+
+Each 16 x 16 block of channels of each kernel, a *tile*, has an embedding z of its own; the generator, shared by all
+tiles, turns z into the tile. Everything is trained together by ordinary gradient descent.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+__all__ = [
+    "STARTS", "Generated", "KernelGenerator", "StaticError", "StaticHyperNet", "WideResNet", "join_tiles",
+    "kernels_to_make",
+]  # fmt: skip
+
+STARTS = ("hyperfan", "naive", "bias")
+
+
+class StaticError(ValueError):
+    """Settings, or a network, for which no kernels can be generated; the message says what to change."""
+
+
+class KernelGenerator(nn.Module):
+    """The two-layer linear generator of equation 2: embeddings (n, z_dim) in, tiles (n, channels, channels, f, f) out.
+
+    For each input channel i of a tile, a_i = W_i z + B_i has z_dim numbers; W_out and B_out, the same for every i,
+    make the filters f x f of that channel from a_i. With d = z_dim and N channels in and out the generator has
+    d (z_dim + 1) N + f N f (d + 1) parameters.
+
+    Args:
+        z_dim: numbers in an embedding.
+        channels: input and output channels of a tile.
+        size: side f of the kernels.
+    """
+
+    def __init__(self, z_dim: int = 64, channels: int = 16, size: int = 3) -> None:
+        if min(z_dim, channels, size) < 1:
+            raise StaticError(f"z_dim, channels and size must be positive, got {z_dim}, {channels} and {size}.")
+        super().__init__()
+        self.z_dim, self.channels, self.size = z_dim, channels, size
+        self.inner = nn.Linear(z_dim, channels * z_dim)  # W_i and B_i of all i
+        self.outer = nn.Linear(z_dim, channels * size * size)  # W_out and B_out
+
+    def forward(self, z: Tensor) -> Tensor:
+        a = self.inner(z).unflatten(1, (self.channels, self.z_dim))  # (n, in, d)
+        tiles = self.outer(a).unflatten(2, (self.channels, self.size, self.size))  # (n, in, out, f, f)
+        return tiles.transpose(1, 2)  # (n, out, in, f, f), PyTorch's order
+
+
+def kernels_to_make(target: nn.Module, channels: int = 16, size: int = 3) -> dict[str, tuple[int, ...]]:
+    """The kernels that tiles of `channels` x `channels` x `size` x `size` can make: {parameter name: shape}.
+
+    These are the kernels of the ungrouped Conv2d layers of this size whose numbers of input and output channels are
+    multiples of `channels`; all else (a first layer on 3 colours, 1 x 1 shortcuts, biases) stays as it is.
+
+    Raises:
+        StaticError: where there is none.
+    """
+    layers = [
+        (name, layer)
+        for name, layer in target.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.weight is not None
+    ]
+    shapes = {f"{name}.weight".lstrip("."): tuple(layer.weight.shape) for name, layer in layers if layer.groups == 1}
+    fitting = {
+        name: shape for name, shape in shapes.items()
+        if shape[0] % channels == 0 and shape[1] % channels == 0 and shape[2:] == (size, size)
+    }  # fmt: skip
+    if not fitting:
+        raise StaticError(
+            f"{type(target).__name__} has no {size} x {size} kernel with multiples of {channels} channels in and out; "
+            f"choose `channels` and `size` for one of its kernels: {sorted(set(shapes.values())) or 'it has none'}."
+        )
+    return fitting
+
+
+class StaticHyperNet(nn.Module):
+    """An embedding for each tile of the target's kernels, and the generator that all tiles share.
+
+    `forward()` takes nothing and returns {parameter name: kernel}, ready for `functional_call` on the target.
+
+    Args:
+        target: any network with Conv2d layers; it is read, not changed.
+        z_dim: numbers in an embedding.
+        channels, size: the tile, as in `KernelGenerator`.
+        start: how everything is initialised. "hyperfan": each kernel gets He's variance 2 / fan_in, carried by its
+            embeddings. "naive": PyTorch's rule for linear layers, embeddings of variance 1. "bias" (Bias-HyperInit):
+            W_out is 0, so that every tile starts as B_out, which has He's variance on average over the tiles.
+
+    Raises:
+        StaticError: for a start that does not exist, and as `kernels_to_make` and `KernelGenerator` do.
+    """
+
+    def __init__(
+        self, target: nn.Module, z_dim: int = 64, channels: int = 16, size: int = 3, start: str = "hyperfan"
+    ) -> None:
+        if start not in STARTS:
+            raise StaticError(f"there is no start '{start}'; choose one of {', '.join(STARTS)}.")
+        super().__init__()
+        self.generator = KernelGenerator(z_dim, channels, size)
+        self.shapes = kernels_to_make(target, channels, size)
+        self.counts = [shape[0] * shape[1] // channels**2 for shape in self.shapes.values()]  # tiles of each kernel
+        self.embeddings = nn.Parameter(torch.randn(sum(self.counts), z_dim))
+        if start != "naive":
+            self._start(start)
+
+    def forward(self) -> dict[str, Tensor]:
+        tiles = self.generator(self.embeddings).split(self.counts)  # per kernel (tiles, channels, channels, f, f)
+        return {name: join_tiles(own, shape) for own, (name, shape) in zip(tiles, self.shapes.items(), strict=True)}
+
+    @torch.no_grad()
+    def _start(self, start: str) -> None:
+        """Hyperfan: unit gain in both layers and no bias, so that a kernel has the variance of its embeddings."""
+        inner, outer = self.generator.inner, self.generator.outer
+        for layer in (inner, outer):
+            layer.weight.normal_(std=1 / math.sqrt(layer.in_features))
+            layer.bias.zero_()
+        fan_ins = [math.prod(shape[1:]) for shape in self.shapes.values()]
+        variances = torch.tensor([2 / fan_in for fan_in in fan_ins]).repeat_interleave(torch.tensor(self.counts))
+        if start == "hyperfan":
+            self.embeddings.mul_(variances.sqrt().unsqueeze(1))
+        else:
+            outer.weight.zero_()
+            outer.bias.normal_(std=variances.mean().sqrt().item())
+
+
+def join_tiles(tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Lay tiles (n, c, c, f, f) side by side, row after row, as one kernel of `shape` (out, in, f, f)."""
+    side = tiles.shape[1]
+    grid = tiles.unflatten(0, (shape[0] // side, shape[1] // side))  # (rows, columns, c, c, f, f)
+    return grid.transpose(1, 2).reshape(shape)
+
+
+class Generated(nn.Module):
+    """A target network whose kernels come from a hypernetwork: inputs as the target's, outputs as the target's.
+
+    The target's own copies of those kernels are taken out of it, so that `parameters()` are exactly what is learned.
+    With `hyper` None it is the target itself.
+
+    Args:
+        target: the network; it is changed in place.
+        hyper: `hyper()` returns {parameter name: tensor}.
+    """
+
+    def __init__(self, target: nn.Module, hyper: nn.Module | None) -> None:
+        super().__init__()
+        self.target, self.hyper = target, hyper
+        for name in hyper() if hyper is not None else ():
+            path, _, last = name.rpartition(".")
+            target.get_submodule(path).register_parameter(last, None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.hyper is None:
+            return self.target(images)
+        return functional_call(self.target, self.hyper(), (images,))
+
+
+class WideResNet(Generated):
+    """A wide residual network in the pre-activation form: images (B, 3, H, W) in, logits (B, classes) out.
+
+    Three groups of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` channels, the second and third at half the
+    resolution of the one before. Every kernel of the blocks is 3 x 3; a 1 x 1 shortcut stands where channels change.
+
+    Args:
+        generated: make the blocks' 3 x 3 kernels with a `StaticHyperNet`, to which `options` go.
+
+    Raises:
+        StaticError: for a depth that is not 6 n + 4, a width below 1, or options without `generated`.
+    """
+
+    def __init__(
+        self, depth: int, width: int = 1, generated: bool = False, classes: int = 10, **options: int | str
+    ) -> None:
+        if options and not generated:
+            raise StaticError(f"{', '.join(options)} would do nothing; pass generated=True, or leave it out.")
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise StaticError(f"depth must be 10, 16, 22, ... and width 1 or more, got {depth} and {width}.")
+        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+        inputs = 16
+        for group in range(3):
+            for block in range((depth - 4) // 6):
+                outputs = 16 * width * 2**group
+                layers.append(_Block(inputs, outputs, stride=2 if group and not block else 1))
+                inputs = outputs
+        layers += [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
+        for layer in layers[:-1]:
+            for kernel in (p for p in layer.parameters() if p.ndim == 4):
+                nn.init.kaiming_normal_(kernel)
+        target = nn.Sequential(*layers)
+        super().__init__(target, StaticHyperNet(target, **options) if generated else None)
+
+
+class _Block(nn.Module):
+    """BatchNorm, ReLU, convolution, twice; added to the input, or to its 1 x 1 shortcut where channels change."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv_1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv_2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        changes = inputs != outputs
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm_1(images))  # (B, inputs, H, W)
+        kept = images if self.shortcut is None else self.shortcut(x)
+        x = self.conv_2(F.relu(self.norm_2(self.conv_1(x))))  # (B, outputs, H / stride, W / stride)
+        return kept + x
