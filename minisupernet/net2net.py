@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from minisupernet.wiring import GrowthError, Wiring, feeding_layer, find_wiring
 
 __all__ = [
-    "Copies", "GrowthError", "Widening", "copied", "copy_units", "deepen", "insert", "insertion", "norm_for", "widen",
+    "Copies", "GrowthError", "Widening", "copied", "copy_units", "deepen", "identity_", "insert", "insertion",
+    "norm_for", "undo_", "widen",
 ]  # fmt: skip
 
 IDEMPOTENT = (nn.ReLU, nn.ReLU6)  # f(f(v)) = f(v): a second one behind the first changes nothing
@@ -117,12 +118,10 @@ class Widening:
             old = getattr(module, key)
             new = change(name, old.detach(), axis)
             setattr(module, key, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        for names, attributes in (
-            (self.wiring.readers, READ_SIZES),
-            ((self.wiring.layer, *self.wiring.per_unit), MADE_SIZES),
-        ):
-            for module in map(grown.get_submodule, names):
-                _resize(module, attributes, units, width)
+        for name in (self.wiring.layer, *self.wiring.per_unit):
+            _resize(grown.get_submodule(name), MADE_SIZES, units, width)
+        for name in self.wiring.readers:
+            _resize(grown.get_submodule(name), READ_SIZES, units, width)
         return grown
 
 
@@ -167,12 +166,34 @@ def deepen(
     Raises:
         GrowthError: where no identity layer can be inserted; the message says why.
     """
-    layer = insertion(model, after, kernel, regardless)
-    with torch.no_grad():
-        nn.init.dirac_(layer.weight) if isinstance(layer, nn.Conv2d) else nn.init.eye_(layer.weight)
-        layer.bias.zero_()
-    norm = None if statistics is None else _undone_norm(layer, _arriving(model, after, statistics))
+    layer = identity_(insertion(model, after, kernel, regardless))
+    norm = None if statistics is None else undo_(norm_for(layer), _arriving(model, after, statistics))
     return insert(model, after, layer, norm)
+
+
+@torch.no_grad()
+def identity_(layer: nn.Module) -> nn.Module:
+    """Make a Linear or Conv2d layer, in place, put out what it reads: ones on the diagonal, at a kernel's centre."""
+    layer.weight.zero_()
+    layer.bias.zero_()
+    centre = [side // 2 for side in layer.weight.shape[2:]]  # () for a linear layer
+    for unit in range(len(layer.weight)):
+        layer.weight[(unit, unit, *centre)] = 1
+    return layer
+
+
+@torch.no_grad()
+def undo_(norm: nn.Module, values: Tensor) -> nn.Module:
+    """Make a BatchNorm, in place, take out the mean and variance of `values` (B, units, ...) and put them back.
+
+    Its scale and shift undo what its running statistics do: the identity in eval mode.
+    """
+    axes = [axis for axis in range(values.ndim) if axis != 1]
+    norm.running_mean.copy_(values.mean(axes))
+    norm.running_var.copy_(values.var(axes, correction=0))
+    norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+    norm.bias.copy_(norm.running_mean)
+    return norm
 
 
 def insertion(model: nn.Module, after: str, kernel: int = 3, regardless: bool = False) -> nn.Module:
@@ -210,17 +231,6 @@ def norm_for(layer: nn.Module) -> nn.Module:
     """A new BatchNorm for the outputs of a Linear or Conv2d layer, on its device."""
     kind = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
     return kind(len(layer.weight), device=layer.weight.device, dtype=layer.weight.dtype)
-
-
-def _undone_norm(layer: nn.Module, values: Tensor) -> nn.Module:
-    """A BatchNorm that normalises by the mean and variance of `values` (B, units, ...) and then undoes it."""
-    norm, axes = norm_for(layer), [axis for axis in range(values.ndim) if axis != 1]
-    with torch.no_grad():
-        norm.running_mean.copy_(values.mean(axes))
-        norm.running_var.copy_(values.var(axes, correction=0))
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)
-    return norm
 
 
 @torch.no_grad()

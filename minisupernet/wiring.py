@@ -84,7 +84,8 @@ def feeding_layer(model: nn.Module, name: str) -> nn.Module:
         module = model.get_submodule(node.target) if node.op == "call_module" else None
         if type(module) in (nn.Linear, nn.Conv2d):
             return module
-        if not node.all_input_nodes or isinstance(module, nn.Flatten) or _name(node) in ("flatten", "view", "reshape"):
+        known = type(module) in POINTWISE + PER_UNIT + MIXING or _name(node) in FUNCTIONS | ARITHMETIC
+        if not known or not node.all_input_nodes:
             break
         node = node.all_input_nodes[0]
     raise GrowthError(f"found no Linear or Conv2d layer whose units reach '{name}' unchanged; insert elsewhere.")

@@ -267,6 +267,7 @@ REFUSED = {
     "read by a shared one": (nn.Sequential(nn.Conv2d(3, 4, 3), conv, conv), "0", "called 2 times"),
     "tied": (Tied(), "one", "shares its weights with another layer"),
     "computed": (nn.Sequential(nn.Linear(2, 3), weight_normed(), nn.Linear(4, 2)), "0", "not known to treat"),
+    "computed by a hook": (nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 2)), "0", "is computed"),
     "branches": (Branching(), "layer", "cannot be traced by torch.fx .*; take branches"),
     "image read as rows": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(6, 2)), "0", "as blocks of its inputs"),
     "flattened twice": (nn.Sequential(nn.Linear(6, 4), nn.Flatten(), nn.Linear(8, 2)), "0", "use flatten.1."),
@@ -306,6 +307,7 @@ def test_deepening_behind_another_activation_is_refused_and_would_break_the_func
     [
         (nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), "0", "found no Linear or Conv2d layer whose units reach '0'"),
         (nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.ReLU()), "2", "found no Linear or Conv2d"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.PixelShuffle(2), nn.ReLU()), "2", "found no Linear or Conv2d"),
         (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "0", "name a ReLU module"),
         (nn.Sequential(*[nn.Linear(3, 3), relu := nn.ReLU(), nn.Linear(3, 3), relu]), "1", "called 2 times"),
     ],

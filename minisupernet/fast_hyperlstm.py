@@ -1,0 +1,154 @@
+"""A HyperLSTM layer over a whole sequence as one node of the graph, with its gradient written by hand.
+
+It computes what `HyperLSTMCell.step` in a loop computes, and a test compares the two. Autograd would record some sixty
+small operations a step, and add one step's gradient of every weight to the last's. Here a step back is thirty
+operations, and the gradient of each large weight is one product over all steps at the end.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+__all__ = ["HyperSequence"]
+
+EPSILON = 1e-5  # in the variance, as in nn.LayerNorm
+normalise = torch.native_layer_norm
+normalise_backward = torch.ops.aten.native_layer_norm_backward.default
+sigmoid_backward_into = torch.ops.aten.sigmoid_backward.grad_input
+tanh_backward = torch.ops.aten.tanh_backward.default
+tanh_backward_into = torch.ops.aten.tanh_backward.grad_input
+
+
+class _Update:
+    """`LSTMUpdate` with layer normalisation, forwards and backwards through the steps of a sequence."""
+
+    def __init__(self, gain: Tensor, shift: Tensor, cell_gain: Tensor, cell_shift: Tensor, dropout: float = 0.0):
+        self.affine, self.dropout, self.size = (gain, shift, cell_gain, cell_shift), dropout, cell_gain.shape
+        self.tape: list[tuple] = []  # what each step back needs
+
+    def forward(self, sums: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums (4, B, H) and cell (B, H) to the next (h, c)."""
+        gain, shift, cell_gain, cell_shift = self.affine
+        normal, *moments = normalise(sums, self.size, None, None, EPSILON)
+        gates = torch.addcmul(shift, normal, gain)
+        gates[:3].sigmoid_()
+        gates[3].tanh_()
+        i, f, o, g = gates.unbind()
+        keep = F.dropout(torch.ones_like(c), self.dropout) if self.dropout else None
+        new_c = (f * c).addcmul_(i, g if keep is None else g * keep)
+        cell, *cell_moments = normalise(new_c, self.size, cell_gain, cell_shift, EPSILON)
+        cell.tanh_()
+        self.tape.append((sums, c, normal, gates, new_c, cell, keep, *moments, *cell_moments))
+        return o * cell, new_c
+
+    def start_back(self) -> None:
+        """Set the gradients to zero; those of gain and shift are summed over steps first, then over the batch."""
+        gates, size = self.tape[0][3], self.size
+        self.d_gain, self.d_shift = torch.zeros_like(gates), torch.zeros_like(gates)
+        self.d_cell_gain, self.d_cell_shift = gates.new_zeros(size), gates.new_zeros(size)
+
+    def backward(self, t: int, d_h: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of (h, c) after step t to those of its sums and of the cell before it."""
+        gain, _, cell_gain, cell_shift = self.affine
+        sums, c, normal, gates, new_c, cell, keep, *moments = self.tape[t]
+        i, f, o, g = gates.unbind()
+        d_cell, d_cell_gain, d_cell_shift = normalise_backward(
+            tanh_backward(d_h * o, cell), new_c, self.size, *moments[2:], cell_gain, cell_shift, [True, True, True]
+        )
+        d_c = d_cell.add_(d_c)
+        kept = d_c if keep is None else d_c * keep
+        d_gates = torch.empty_like(gates)
+        for gate, first, second in ((0, kept, g), (1, d_c, c), (2, d_h, cell), (3, kept, i)):
+            torch.mul(first, second, out=d_gates[gate])
+        sigmoid_backward_into(d_gates[:3], gates[:3], grad_input=d_gates[:3])
+        tanh_backward_into(d_gates[3], g, grad_input=d_gates[3])
+        self.d_gain.addcmul_(d_gates, normal)
+        self.d_shift.add_(d_gates)
+        self.d_cell_gain.add_(d_cell_gain)
+        self.d_cell_shift.add_(d_cell_shift)
+        only_input = [True, False, False]
+        d_sums, _, _ = normalise_backward(d_gates * gain, sums, self.size, *moments[:2], None, None, only_input)
+        return d_sums, d_c * f
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Of gain, shift, cell_gain and cell_shift."""
+        return self.d_gain.sum(1, True), self.d_shift.sum(1, True), self.d_cell_gain, self.d_cell_shift
+
+
+class HyperSequence(torch.autograd.Function):
+    """A whole sequence of a HyperLSTM layer.
+
+    Inputs: what `prepare` makes, hyper_x (T, B, 4 hyper_size) and main_x (T, B, 4 H); the state h, c, hyper_h, hyper_c;
+    the weights, named as in `HyperLSTMCell`; the recurrent dropout; whether the scalings are delayed.
+    Outputs: h of all steps (T, B, H), then c, hyper_h and hyper_c after the last.
+    """
+
+    @staticmethod
+    def forward(ctx, hyper_x, main_x, h, c, hyper_h, hyper_c, hidden_weight, hyper_hidden_weight, z_weight, z_bias,
+                weight, base, *rest):  # fmt: skip
+        hyper_update, update = _Update(*rest[:4]), _Update(*rest[4:8], dropout=rest[8])
+        ctx.delayed = rest[9]
+        width, tape, outputs = hyper_x.shape[2], [], []
+        z_bias = F.pad(z_bias, (0, len(z_weight) - len(z_bias)))
+        for hyper_part, main_part in zip(hyper_x, main_x, strict=True):
+            of_h, last = F.linear(h, hidden_weight), hyper_h
+            sums = torch.addmm(hyper_part + of_h[:, :width], hyper_h, hyper_hidden_weight.t())
+            hyper_h, hyper_c = hyper_update.forward(_by_gate(sums), hyper_c)
+            source = last if ctx.delayed else hyper_h
+            z = torch.addmm(z_bias, source, z_weight.t())  # (B, 12 n_z)
+            d = torch.bmm(_by_gate(z, 12), weight)  # (12, B, H)
+            main_h, main_part = _by_gate(of_h[:, width:]), _by_gate(main_part)
+            tape.append((h, last, source, z, d, main_h, main_part))
+            h, c = update.forward((d[8:] + base).addcmul_(d[:4], main_h).addcmul_(d[4:8], main_part), c)
+            outputs.append(h)
+        ctx.save_for_backward(hidden_weight, hyper_hidden_weight, z_weight, weight)
+        ctx.tape, ctx.updates = tape, (hyper_update, update)
+        return torch.stack(outputs), c, hyper_h, hyper_c
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_outputs, d_c, d_hyper_h, d_hyper_c):
+        hidden_weight, hyper_hidden_weight, z_weight, weight = ctx.saved_tensors
+        hyper_update, update = ctx.updates
+        hyper_update.start_back()
+        update.start_back()
+        steps, batch, size = d_outputs.shape
+        width, weight_t = len(hyper_hidden_weight), weight.transpose(1, 2)
+        d_of_h = d_outputs.new_empty(steps, batch, len(hidden_weight))
+        d_main_x = d_outputs.new_empty(steps, batch, 4 * size)
+        d_z = d_outputs.new_empty(steps, batch, len(z_weight))
+        d_d, d_weight = d_outputs.new_empty(12, batch, size), torch.zeros_like(weight)
+        d_base, d_h = d_outputs.new_zeros(4, batch, size), torch.zeros_like(d_outputs[0])
+        for t in reversed(range(steps)):
+            h, last, source, z, d, main_h, main_part = ctx.tape[t]
+            d_sums, d_c = update.backward(t, d_h + d_outputs[t], d_c)
+            torch.mul(d_sums, main_h, out=d_d[:4])
+            torch.mul(d_sums, main_part, out=d_d[4:8])
+            d_d[8:] = d_sums
+            torch.mul(d_sums, d[:4], out=_by_gate(d_of_h[t, :, width:]))
+            torch.mul(d_sums, d[4:8], out=_by_gate(d_main_x[t]))
+            d_base.add_(d_sums)
+            d_weight.baddbmm_(_by_gate(z, 12).transpose(1, 2), d_d)
+            _by_gate(d_z[t], 12).copy_(torch.bmm(d_d, weight_t))
+            of_z = d_z[t] @ z_weight
+            of_hyper_h = d_hyper_h if ctx.delayed else d_hyper_h + of_z
+            d_hyper_sums, d_hyper_c = hyper_update.backward(t, of_hyper_h, d_hyper_c)
+            _by_gate(d_of_h[t, :, :width]).copy_(d_hyper_sums)
+            d_hyper_h = d_of_h[t, :, :width] @ hyper_hidden_weight
+            if ctx.delayed:
+                d_hyper_h.add_(of_z)
+            d_h = d_of_h[t] @ hidden_weight
+        all_h, all_last, all_source = (torch.cat([step[n] for step in ctx.tape]) for n in range(3))
+        flat, flat_z = d_of_h.flatten(0, 1), d_z.flatten(0, 1)
+        return (
+            d_of_h[..., :width], d_main_x, d_h, d_c, d_hyper_h, d_hyper_c,
+            flat.t() @ all_h, flat[:, :width].t() @ all_last, flat_z.t() @ all_source,
+            flat_z[:, : 2 * len(z_weight) // 3].sum(0), d_weight, d_base.sum(1, True),
+            *hyper_update.gradients(), *update.gradients(), None, None,
+        )  # fmt: skip
+
+
+def _by_gate(sums: Tensor, gates: int = 4) -> Tensor:
+    """(B, gates * size) to a view (gates, B, size)."""
+    return sums.view(len(sums), gates, -1).transpose(0, 1)
