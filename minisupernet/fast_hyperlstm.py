@@ -37,43 +37,42 @@ class _Update:
         i, f, o, g = gates.unbind()
         keep = F.dropout(torch.ones_like(c), self.dropout) if self.dropout else None
         new_c = (f * c).addcmul_(i, g if keep is None else g * keep)
-        cell, *cell_moments = normalise(new_c, self.size, cell_gain, cell_shift, EPSILON)
-        cell.tanh_()
-        self.tape.append((sums, c, normal, gates, new_c, cell, keep, *moments, *cell_moments))
+        cell_normal, *cell_moments = normalise(new_c, self.size, None, None, EPSILON)
+        cell = torch.addcmul(cell_shift, cell_normal, cell_gain).tanh_()
+        self.tape.append((sums, c, normal, gates, new_c, cell_normal, cell, keep, *moments, *cell_moments))
         return o * cell, new_c
 
     def start_back(self) -> None:
-        """Set the gradients to zero; those of gain and shift are summed over steps first, then over the batch."""
-        gates, size = self.tape[0][3], self.size
-        self.d_gain, self.d_shift = torch.zeros_like(gates), torch.zeros_like(gates)
-        self.d_cell_gain, self.d_cell_shift = gates.new_zeros(size), gates.new_zeros(size)
+        """Set the gradients to zero; they are summed over the steps first, and over the batch at the end."""
+        gates, cell = self.tape[0][3], self.tape[0][4]
+        self.gradients = [torch.zeros_like(like) for like in (gates, gates, cell, cell)]
 
     def backward(self, t: int, d_h: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of (h, c) after step t to those of its sums and of the cell before it."""
-        gain, _, cell_gain, cell_shift = self.affine
-        sums, c, normal, gates, new_c, cell, keep, *moments = self.tape[t]
-        i, f, o, g = gates.unbind()
-        d_cell, d_cell_gain, d_cell_shift = normalise_backward(
-            tanh_backward(d_h * o, cell), new_c, self.size, *moments[2:], cell_gain, cell_shift, [True, True, True]
-        )
-        d_c = d_cell.add_(d_c)
+        sums, c, normal, gates, new_c, cell_normal, cell, keep, *moments = self.tape[t]
+        (i, f, o, g), (gain, _, cell_gain, _) = gates.unbind(), self.affine
+        d_cell = tanh_backward(d_h * o, cell)
+        self._add(2, d_cell, cell_normal)
+        d_c = self._through_norm(d_cell * cell_gain, new_c, moments[2:]).add_(d_c)
         kept = d_c if keep is None else d_c * keep
         d_gates = torch.empty_like(gates)
         for gate, first, second in ((0, kept, g), (1, d_c, c), (2, d_h, cell), (3, kept, i)):
             torch.mul(first, second, out=d_gates[gate])
         sigmoid_backward_into(d_gates[:3], gates[:3], grad_input=d_gates[:3])
         tanh_backward_into(d_gates[3], g, grad_input=d_gates[3])
-        self.d_gain.addcmul_(d_gates, normal)
-        self.d_shift.add_(d_gates)
-        self.d_cell_gain.add_(d_cell_gain)
-        self.d_cell_shift.add_(d_cell_shift)
-        only_input = [True, False, False]
-        d_sums, _, _ = normalise_backward(d_gates * gain, sums, self.size, *moments[:2], None, None, only_input)
-        return d_sums, d_c * f
+        self._add(0, d_gates, normal)
+        return self._through_norm(d_gates * gain, sums, moments[:2]), d_c * f
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def _add(self, place: int, gradient: Tensor, normal: Tensor) -> None:
+        self.gradients[place].addcmul_(gradient, normal)  # of the gain
+        self.gradients[place + 1].add_(gradient)  # of the shift
+
+    def _through_norm(self, gradient: Tensor, before: Tensor, moments: list[Tensor]) -> Tensor:
+        return normalise_backward(gradient, before, self.size, *moments, None, None, [True, False, False])[0]
+
+    def affine_gradients(self) -> list[Tensor]:
         """Of gain, shift, cell_gain and cell_shift."""
-        return self.d_gain.sum(1, True), self.d_shift.sum(1, True), self.d_cell_gain, self.d_cell_shift
+        return [d.sum(-2, keepdim=d.ndim == 3) for d in self.gradients]
 
 
 class HyperSequence(torch.autograd.Function):
@@ -91,8 +90,10 @@ class HyperSequence(torch.autograd.Function):
         ctx.delayed = rest[9]
         width, tape, outputs = hyper_x.shape[2], [], []
         z_bias = F.pad(z_bias, (0, len(z_weight) - len(z_bias)))
-        for hyper_part, main_part in zip(hyper_x, main_x, strict=True):
-            of_h, last = F.linear(h, hidden_weight), hyper_h
+        all_of_h = h.new_empty(len(hyper_x), len(h), len(hidden_weight))
+        for hyper_part, main_part, of_h in zip(hyper_x, main_x, all_of_h, strict=True):
+            torch.mm(h, hidden_weight.t(), out=of_h)
+            last = hyper_h
             sums = torch.addmm(hyper_part + of_h[:, :width], hyper_h, hyper_hidden_weight.t())
             hyper_h, hyper_c = hyper_update.forward(_by_gate(sums), hyper_c)
             source = last if ctx.delayed else hyper_h
@@ -145,7 +146,7 @@ class HyperSequence(torch.autograd.Function):
             d_of_h[..., :width], d_main_x, d_h, d_c, d_hyper_h, d_hyper_c,
             flat.t() @ all_h, flat[:, :width].t() @ all_last, flat_z.t() @ all_source,
             flat_z[:, : 2 * len(z_weight) // 3].sum(0), d_weight, d_base.sum(1, True),
-            *hyper_update.gradients(), *update.gradients(), None, None,
+            *hyper_update.affine_gradients(), *update.affine_gradients(), None, None,
         )  # fmt: skip
 
 

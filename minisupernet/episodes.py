@@ -1,0 +1,205 @@
+"""Episodes: small datasets drawn from the classes of an image set, which are the training examples of PudNet.
+
+An episode is a few classes, some support images of each (the dataset that the generator sees) and some query images
+(on which the network it makes is judged).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minisupernet.data import ImageSet, augment, normalise
+from minisupernet.pudnet import cosine_logits, prototypes
+from minisupernet.target import run_tasks
+from minisupernet.training import step_generator
+
+__all__ = ["Batch", "EpisodeError", "Episodes", "Learner", "Shape"]
+
+
+class EpisodeError(ValueError):
+    """An episode that cannot be drawn; the message says how many classes or images there are."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The form of an episode: `way` classes, `support` and `query` images of each."""
+
+    way: int = 5
+    support: int = 5
+    query: int = 5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T episodes: class numbers (T, way), and images (T, way * k, 3, 32, 32) float that lie class by class."""
+
+    classes: Tensor
+    support: Tensor
+    query: Tensor
+
+    @property
+    def way(self) -> int:
+        """Classes in an episode."""
+        return self.classes.shape[1]
+
+    @property
+    def labels(self) -> Tensor:
+        """The place of each query image's class in its episode, (way * query,), the same for all T."""
+        each = self.query.shape[1] // self.way
+        return torch.arange(self.way, device=self.query.device).repeat_interleave(each)
+
+
+class Episodes:
+    """Draws episodes from some classes of an image set; every image set normalised by its own mean and spread.
+
+    Support images are training images. Query images are training images not in the support, or test images.
+
+    Args:
+        images: the image set.
+        classes: the class numbers to draw from.
+        test: take the query images from the test images.
+        flip: mirror each image with chance one half.
+
+    Raises:
+        EpisodeError: for a class the image set does not have.
+    """
+
+    def __init__(self, images: ImageSet, classes: Sequence[int], test: bool = False, flip: bool = False) -> None:
+        if not classes or not set(classes) <= set(range(images.classes)):
+            raise EpisodeError(f"classes must be numbers from 0 to {images.classes - 1}, at least one of them.")
+        self.images, self.test, self.flip = images, test, flip
+        self.classes = torch.tensor(classes, device=images.device)
+        self.train_members = _by_class(images.train_labels, classes)
+        self.test_members = _by_class(images.test_labels, classes)
+
+    def draw(self, step: int, seed: int, shape: Shape, count: int) -> Batch:
+        """`count` random episodes, a function of `seed` and `step` alone.
+
+        Raises:
+            EpisodeError: where there are too few classes, or too few images of a class.
+        """
+        self._check(shape)
+        random = step_generator(seed, step, self.images.device)
+        places = [self._permutation(len(self.classes), random)[: shape.way] for _ in range(count)]
+        support, query = [], []
+        for place in torch.stack(places).flatten().tolist():  # T * way classes
+            own = self.train_members[place]
+            own = own[self._permutation(len(own), random)]
+            other = self.test_members[place] if self.test else own[shape.support :]
+            order = self._permutation(len(other), random) if self.test else slice(None)
+            support.append(own[: shape.support])
+            query.append(other[order][: shape.query])
+        return self._batch(torch.stack(places), support, query, random if self.flip else None)
+
+    def whole(self, datasets: Sequence[Sequence[int]], support: int) -> Batch:
+        """Given datasets, each a list of classes: the first `support` train images and all test images of each class.
+
+        Raises:
+            EpisodeError: for a class that is not among these, or one with too few images.
+        """
+        place_of = {number: place for place, number in enumerate(self.classes.tolist())}
+        if missing := {number for each in datasets for number in each} - place_of.keys():
+            raise EpisodeError(f"classes {sorted(missing)} are not among these episodes' classes.")
+        least = min(len(members) for members in self.test_members)
+        self._check(Shape(len(datasets[0]), support, least if self.test else 0))
+        places = torch.tensor([[place_of[number] for number in each] for each in datasets])
+        chosen = places.flatten().tolist()
+        support_lists = [self.train_members[place][:support] for place in chosen]
+        return self._batch(places, support_lists, [self.test_members[place][:least] for place in chosen], test=True)
+
+    def _batch(
+        self, places: Tensor, support: list[Tensor], query: list[Tensor], random: torch.Generator | None = None,
+        test: bool = False,
+    ) -> Batch:  # fmt: skip
+        tasks, images = len(places), self.images
+        source = images.test_images if self.test or test else images.train_images
+        pixels = [images.train_images[torch.cat(support)], source[torch.cat(query)]]
+        if random is not None:
+            pixels = [augment(each, random, crop=0) for each in pixels]
+        support, query = (normalise(each, images.mean, images.std).unflatten(0, (tasks, -1)) for each in pixels)
+        return Batch(self.classes[places.to(self.classes.device)], support, query)
+
+    def _permutation(self, size: int, random: torch.Generator) -> Tensor:
+        return torch.randperm(size, generator=random, device=random.device)
+
+    def _check(self, shape: Shape) -> None:
+        if not 2 <= shape.way <= len(self.classes):
+            raise EpisodeError(f"an episode needs 2 to {len(self.classes)} of these classes, not {shape.way}.")
+        if shape.support < 1:
+            raise EpisodeError("an episode needs at least 1 support image of each class.")
+        train = min(len(members) for members in self.train_members)
+        test = min(len(members) for members in self.test_members)
+        if shape.support + (0 if self.test else shape.query) > train or (self.test and shape.query > test):
+            raise EpisodeError(
+                f"the smallest class has {train} train and {test} test images, too few for {shape.support} support "
+                f"and {shape.query} query images."
+            )
+
+
+class Learner(nn.Module):
+    """A generator, the target it makes weights for, and what both are trained with on episodes.
+
+    With p the prototype classifier's answer on a query image and q the full classifier's, an ordinary linear layer over
+    all training classes on the same generated features, the loss of one image of class c is
+
+        -log p(c) - log q(c) + KL(q restricted to the episode's classes || p).
+
+    Args:
+        generator: datasets in, weights out, such as PudNet or OneNetwork.
+        target: the feature network.
+        features: numbers in a feature.
+        classes: how many training classes the full classifier knows, numbered as in the image set (so all of them).
+        auxiliary: False leaves out the second and third term.
+    """
+
+    def __init__(
+        self, generator: nn.Module, target: nn.Module, features: int = 64, classes: int = 100, auxiliary: bool = True
+    ) -> None:
+        super().__init__()
+        self.generator, self.target, self.auxiliary = generator, target, auxiliary
+        self.full = nn.Linear(features, classes)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def logits(self, weights: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """The prototype classifier's logits (T, way * query, way), and the query features (T, way * query, F)."""
+        known = batch.support.shape[1]
+        features = run_tasks(self.target, weights, torch.cat([batch.support, batch.query], dim=1))
+        centres = prototypes(features[:, :known], batch.way)  # (T, way, F)
+        return cosine_logits(features[:, known:], centres, self.log_temperature.exp()), features[:, known:]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean loss over all query images."""
+        logits, features = self.logits(self.generator(batch.support), batch)  # (T, B, way), (T, B, F)
+        tasks, each = len(batch.classes), features.shape[1] // batch.way
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.repeat(tasks))
+        if not self.auxiliary:
+            return loss
+        full = self.full(features)  # (T, B, classes)
+        own = batch.classes.repeat_interleave(each, dim=1)  # (T, B)
+        among = full.gather(2, batch.classes.unsqueeze(1).expand(-1, full.shape[1], -1))  # (T, B, way)
+        consistency = F.kl_div(logits.log_softmax(2), among.log_softmax(2), reduction="none", log_target=True).sum(2)
+        return loss + F.cross_entropy(full.flatten(0, 1), own.flatten()) + consistency.mean()
+
+    @torch.no_grad()
+    def accuracy(self, batch: Batch, datasets: Tensor | None = None) -> Tensor:
+        """The share of each episode's query images that its network gets right, (T,).
+
+        Args:
+            datasets: show the generator these (T, S, 3, 32, 32) in place of the episodes' own support images; the
+                prototypes still come from the support.
+        """
+        training = self.training
+        self.eval()
+        weights = self.generator(batch.support if datasets is None else datasets)
+        guesses = self.logits(weights, batch)[0].argmax(2)  # (T, way * query)
+        self.train(training)
+        return (guesses == batch.labels).float().mean(1)
+
+
+def _by_class(labels: Tensor, classes: Sequence[int]) -> list[Tensor]:
+    """For each of these classes the numbers of its images, in the order of the set."""
+    return [(labels == number).nonzero().squeeze(1) for number in classes]
