@@ -30,9 +30,9 @@ class Settings:
     `test_images`.
     """
 
-    first: int = 1100
-    second: int = 900
-    cool: int = 250
+    first: int = 700
+    second: int = 500
+    cool: int = 150
     rate: float = 0.05
     momentum: float = 0.9
     batch: int = 100

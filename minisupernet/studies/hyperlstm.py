@@ -34,8 +34,8 @@ class Settings:
     `hidden`: units of the HyperLSTM; the others get as many as give equally many parameters.
     """
 
-    text_steps: int = 1000
-    image_steps: int = 800
+    text_steps: int = 800
+    image_steps: int = 600
     trial: float = 0.2
     rates: tuple[float, ...] = (2e-3, 5e-3, 1.25e-2)
     hidden: int = 96

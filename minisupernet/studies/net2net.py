@@ -93,7 +93,7 @@ def measure(
 ) -> dict:
     """All arms of the three phases (twice as wide; 5 to 8 layers; 8 to 20 layers), each with both schedules.
 
-    The reference of one phase is the teacher of the next. About 11 minutes on one CPU core under the full profile.
+    The reference of one phase is the teacher of the next. About 8 minutes on one CPU core under the full profile.
 
     Args:
         profile: "quick" or "full"; `settings` takes its place where given.

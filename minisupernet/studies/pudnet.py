@@ -33,11 +33,11 @@ class Budget:
     `episodes` are what every arm is judged on, with `supports` support and `query` test images a class.
     """
 
-    steps: int = 700
+    steps: int = 500
     tasks: int = 8
     shape: Shape = Shape(10, 5, 5)
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    trial_steps: int = 100
+    trial_steps: int = 80
     episodes: int = 100
     query: int = 10
     supports: tuple[int, ...] = (1, 5, 50)
@@ -53,7 +53,7 @@ class Trained:
 
 
 def measure(images: ImageSet, seed: int, profile: str, report: Report) -> dict:
-    """Measure one seed; "full" takes about 16 minutes of one CPU core, "quick" half a minute."""
+    """Measure one seed; "full" takes about 12 minutes of one CPU core, "quick" half a minute."""
     quick = Budget(30, 4, rates=(3e-3,), trial_steps=0, episodes=20, fits=FitBudget((0.25, 0.5), (0.25,), (3e-3,), 0.1))
     return measure_with(images, seed, quick if profile == "quick" else Budget(), report)
 

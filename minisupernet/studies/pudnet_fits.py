@@ -27,8 +27,8 @@ class FitBudget:
     learning rate is the one of `rates` with the best validation accuracy after `trial_epochs`.
     """
 
-    epochs: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 16)
-    tuned_epochs: tuple[float, ...] = (0.5, 2, 8)
+    epochs: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 12)
+    tuned_epochs: tuple[float, ...] = (0.5, 2, 6)
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     trial_epochs: float = 1
     images: int = 50
