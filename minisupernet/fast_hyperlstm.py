@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["HyperSequence"]
+from minisupernet.recurrent import by_gate
+
+__all__ = ["hyper_sequence"]
 
 EPSILON = 1e-5  # in the variance, as in nn.LayerNorm
 normalise = torch.native_layer_norm
@@ -55,9 +57,7 @@ class _Update:
         self._add(2, d_cell, cell_normal)
         d_c = self._through_norm(d_cell * cell_gain, new_c, moments[2:]).add_(d_c)
         kept = d_c if keep is None else d_c * keep
-        d_gates = torch.empty_like(gates)
-        for gate, first, second in ((0, kept, g), (1, d_c, c), (2, d_h, cell), (3, kept, i)):
-            torch.mul(first, second, out=d_gates[gate])
+        d_gates = torch.stack((kept * g, d_c * c, d_h * cell, kept * i))
         sigmoid_backward_into(d_gates[:3], gates[:3], grad_input=d_gates[:3])
         tanh_backward_into(d_gates[3], g, grad_input=d_gates[3])
         self._add(0, d_gates, normal)
@@ -75,13 +75,22 @@ class _Update:
         return [d.sum(-2, keepdim=d.ndim == 3) for d in self.gradients]
 
 
-class HyperSequence(torch.autograd.Function):
-    """A whole sequence of a HyperLSTM layer.
+def hyper_sequence(*arguments: Tensor | float | bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run a whole sequence of a HyperLSTM layer with layer normalisation.
 
-    Inputs: what `prepare` makes, hyper_x (T, B, 4 hyper_size) and main_x (T, B, 4 H); the state h, c, hyper_h, hyper_c;
-    the weights, named as in `HyperLSTMCell`; the recurrent dropout; whether the scalings are delayed.
-    Outputs: h of all steps (T, B, H), then c, hyper_h and hyper_c after the last.
+    Args:
+        arguments: what `prepare` makes, hyper_x (T, B, 4 hyper_size) and main_x (T, B, 4 H); the state h, c, hyper_h,
+            hyper_c; the weights, named as in `HyperLSTMCell`, and the affine parameters of the small and of the main
+            network; the recurrent dropout; whether the scalings are delayed.
+
+    Returns:
+        h of all steps (T, B, H), then c, hyper_h and hyper_c after the last.
     """
+    return _HyperSequence.apply(*arguments)
+
+
+class _HyperSequence(torch.autograd.Function):
+    """`hyper_sequence` as a node of the graph."""
 
     @staticmethod
     def forward(ctx, hyper_x, main_x, h, c, hyper_h, hyper_c, hidden_weight, hyper_hidden_weight, z_weight, z_bias,
@@ -90,16 +99,17 @@ class HyperSequence(torch.autograd.Function):
         ctx.delayed = rest[9]
         width, tape, outputs = hyper_x.shape[2], [], []
         z_bias = F.pad(z_bias, (0, len(z_weight) - len(z_bias)))
+        hidden_weight_t = hidden_weight.t().contiguous()
         all_of_h = h.new_empty(len(hyper_x), len(h), len(hidden_weight))
         for hyper_part, main_part, of_h in zip(hyper_x, main_x, all_of_h, strict=True):
-            torch.mm(h, hidden_weight.t(), out=of_h)
+            torch.mm(h, hidden_weight_t, out=of_h)
             last = hyper_h
             sums = torch.addmm(hyper_part + of_h[:, :width], hyper_h, hyper_hidden_weight.t())
-            hyper_h, hyper_c = hyper_update.forward(_by_gate(sums), hyper_c)
+            hyper_h, hyper_c = hyper_update.forward(by_gate(sums), hyper_c)
             source = last if ctx.delayed else hyper_h
             z = torch.addmm(z_bias, source, z_weight.t())  # (B, 12 n_z)
-            d = torch.bmm(_by_gate(z, 12), weight)  # (12, B, H)
-            main_h, main_part = _by_gate(of_h[:, width:]), _by_gate(main_part)
+            d = torch.bmm(by_gate(z, 12), weight)  # (12, B, H)
+            main_h, main_part = by_gate(of_h[:, width:]), by_gate(main_part)
             tape.append((h, last, source, z, d, main_h, main_part))
             h, c = update.forward((d[8:] + base).addcmul_(d[:4], main_h).addcmul_(d[4:8], main_part), c)
             outputs.append(h)
@@ -115,27 +125,24 @@ class HyperSequence(torch.autograd.Function):
         hyper_update.start_back()
         update.start_back()
         steps, batch, size = d_outputs.shape
-        width, weight_t = len(hyper_hidden_weight), weight.transpose(1, 2)
+        width, d_weight = len(hyper_hidden_weight), torch.zeros_like(weight)
         d_of_h = d_outputs.new_empty(steps, batch, len(hidden_weight))
         d_main_x = d_outputs.new_empty(steps, batch, 4 * size)
         d_z = d_outputs.new_empty(steps, batch, len(z_weight))
-        d_d, d_weight = d_outputs.new_empty(12, batch, size), torch.zeros_like(weight)
         d_base, d_h = d_outputs.new_zeros(4, batch, size), torch.zeros_like(d_outputs[0])
         for t in reversed(range(steps)):
             h, last, source, z, d, main_h, main_part = ctx.tape[t]
             d_sums, d_c = update.backward(t, d_h + d_outputs[t], d_c)
-            torch.mul(d_sums, main_h, out=d_d[:4])
-            torch.mul(d_sums, main_part, out=d_d[4:8])
-            d_d[8:] = d_sums
-            torch.mul(d_sums, d[:4], out=_by_gate(d_of_h[t, :, width:]))
-            torch.mul(d_sums, d[4:8], out=_by_gate(d_main_x[t]))
+            d_d = torch.cat((d_sums * main_h, d_sums * main_part, d_sums))  # (12, B, H)
+            torch.mul(d_sums, d[:4], out=by_gate(d_of_h[t, :, width:]))
+            torch.mul(d_sums, d[4:8], out=by_gate(d_main_x[t]))
             d_base.add_(d_sums)
-            d_weight.baddbmm_(_by_gate(z, 12).transpose(1, 2), d_d)
-            _by_gate(d_z[t], 12).copy_(torch.bmm(d_d, weight_t))
+            d_weight.baddbmm_(by_gate(z, 12).transpose(1, 2), d_d)
+            by_gate(d_z[t], 12).copy_(torch.bmm(weight, d_d.transpose(1, 2)).transpose(1, 2))
             of_z = d_z[t] @ z_weight
             of_hyper_h = d_hyper_h if ctx.delayed else d_hyper_h + of_z
             d_hyper_sums, d_hyper_c = hyper_update.backward(t, of_hyper_h, d_hyper_c)
-            _by_gate(d_of_h[t, :, :width]).copy_(d_hyper_sums)
+            by_gate(d_of_h[t, :, :width]).copy_(d_hyper_sums)
             d_hyper_h = d_of_h[t, :, :width] @ hyper_hidden_weight
             if ctx.delayed:
                 d_hyper_h.add_(of_z)
@@ -148,8 +155,3 @@ class HyperSequence(torch.autograd.Function):
             flat_z[:, : 2 * len(z_weight) // 3].sum(0), d_weight, d_base.sum(1, True),
             *hyper_update.affine_gradients(), *update.affine_gradients(), None, None,
         )  # fmt: skip
-
-
-def _by_gate(sums: Tensor, gates: int = 4) -> Tensor:
-    """(B, gates * size) to a view (gates, B, size)."""
-    return sums.view(len(sums), gates, -1).transpose(0, 1)

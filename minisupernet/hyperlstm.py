@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minisupernet.fast_hyperlstm import HyperSequence
-from minisupernet.recurrent import LSTMUpdate, Recurrent, RecurrentCell, RecurrentError, State, orthogonal_blocks
+from minisupernet.fast_hyperlstm import hyper_sequence
+from minisupernet.recurrent import (
+    LSTMUpdate,
+    Recurrent,
+    RecurrentCell,
+    RecurrentError,
+    State,
+    by_gate,
+    orthogonal_blocks,
+)  # fmt: skip
 
 __all__ = ["HyperLSTM", "HyperLSTMCell", "HyperRNNCell", "HyperState", "ScalingHeads"]
 
@@ -45,13 +53,8 @@ class ScalingHeads(nn.Module):
 
     def forward(self, hyper_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z = F.linear(hyper_h, self.z_weight, F.pad(self.z_bias, (0, self.gates * self.n_z)))  # (B, 3 gates n_z)
-        d_h, d_x, b = torch.bmm(_by_gate(z, 3 * self.gates), self.weight).split(self.gates)  # (gates, B, H) each
+        d_h, d_x, b = torch.bmm(by_gate(z, 3 * self.gates), self.weight).split(self.gates)  # (gates, B, H) each
         return d_h, d_x, b + self.base
-
-
-def _by_gate(sums: Tensor, gates: int) -> Tensor:
-    """(B, gates * size) to a view (gates, B, size)."""
-    return sums.view(len(sums), gates, -1).transpose(0, 1)
 
 
 class _HyperCell(RecurrentCell):
@@ -80,12 +83,12 @@ class _HyperCell(RecurrentCell):
         """Sums of the small network's gates (gates, B, hyper_size), and W_h h of the main one (gates, B, H)."""
         of_h, main_h = F.linear(h, self.hidden_weight).split(self.split, dim=1)
         sums = torch.addmm(hyper_x + of_h, hyper_h, self.hyper_hidden_weight.t())  # (B, gates * hyper_size)
-        return _by_gate(sums, self.gates), _by_gate(main_h, self.gates)
+        return by_gate(sums, self.gates), by_gate(main_h, self.gates)
 
     def main_sums(self, hyper_h: Tensor, main_h: Tensor, main_x: Tensor) -> Tensor:
         """The sums of the main network's gates (gates, B, H): d_h * W_h h + d_x * W_x x + b."""
         d_h, d_x, b = self.heads(hyper_h)
-        return d_h * main_h + d_x * _by_gate(main_x, self.gates) + b
+        return d_h * main_h + d_x * by_gate(main_x, self.gates) + b
 
 
 class HyperRNNCell(_HyperCell):
@@ -155,11 +158,11 @@ class HyperLSTMCell(_HyperCell):
         return HyperState(*self.update(sums, c), hyper_h, hyper_c)
 
     def run(self, prepared: tuple[Tensor, ...], state: State) -> tuple[Tensor, HyperState]:
-        """All steps: `step` in a loop, or with layer normalisation `HyperSequence`, which is faster."""
+        """All steps: `step` in a loop, or with layer normalisation `hyper_sequence`, which is faster."""
         if not self.update.layer_norm:
             return super().run(prepared, state)
         heads, dropout = self.heads, self.update.dropout * self.training
-        outputs, *last = HyperSequence.apply(
+        outputs, *last = hyper_sequence(
             *prepared, *state, self.hidden_weight, self.hyper_hidden_weight, heads.z_weight, heads.z_bias,
             heads.weight, heads.base, *self.hyper_update.affine(), *self.update.affine(), dropout, self.delayed,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
-    "LSTMUpdate", "LayerNormLSTM", "LayerNormLSTMCell", "Recurrent", "RecurrentCell", "RecurrentError",
+    "LSTMUpdate", "LayerNormLSTM", "LayerNormLSTMCell", "Recurrent", "RecurrentCell", "RecurrentError", "by_gate",
     "orthogonal_blocks",
 ]  # fmt: skip
 
@@ -24,6 +24,11 @@ class RecurrentError(ValueError):
 def orthogonal_blocks(blocks: int, rows: int, columns: int) -> Tensor:
     """A weight (blocks * rows, columns) in which each block of rows, one a gate, is a random orthogonal matrix."""
     return torch.cat([nn.init.orthogonal_(torch.empty(rows, columns)) for _ in range(blocks)])
+
+
+def by_gate(sums: Tensor, gates: int = 4) -> Tensor:
+    """(B, gates * size) to a view (gates, B, size)."""
+    return sums.view(len(sums), gates, -1).transpose(0, 1)
 
 
 class LSTMUpdate(nn.Module):
@@ -162,7 +167,7 @@ class LayerNormLSTMCell(RecurrentCell):
         """From (W_x x + b,), (B, 4H), and the state (h, c) to the next state."""
         h, c = state
         sums = torch.addmm(prepared[0], h, self.hidden_weight.t())  # (B, 4H)
-        return self.update(sums.view(len(h), 4, -1).transpose(0, 1), c)
+        return self.update(by_gate(sums), c)
 
 
 class LayerNormLSTM(Recurrent):

@@ -59,12 +59,10 @@ def kernels_to_make(target: nn.Module, channels: int = 16, size: int = 3) -> dic
     Raises:
         StaticError: where there is none.
     """
-    layers = [
-        (name, layer)
-        for name, layer in target.named_modules()
-        if isinstance(layer, nn.Conv2d) and layer.weight is not None
-    ]
-    shapes = {f"{name}.weight".lstrip("."): tuple(layer.weight.shape) for name, layer in layers if layer.groups == 1}
+    shapes = {}
+    for name, layer in target.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.weight is not None:
+            shapes[f"{name}.weight".lstrip(".")] = tuple(layer.weight.shape)
     fitting = {
         name: shape for name, shape in shapes.items()
         if shape[0] % channels == 0 and shape[1] % channels == 0 and shape[2:] == (size, size)

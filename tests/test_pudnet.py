@@ -281,6 +281,8 @@ def test_fits_begin_at_the_prediction_and_learn():
     weights, centres, seconds = bench.predict(OneNetwork(SPEC))
     predicted = bench.accuracy(weights, centres, bench.test)
     assert bench.support == 18 and bench.validation.query.shape[1] == 3 * 2 and seconds > 0
+    few_weights, few_centres, _ = bench.predict(OneNetwork(SPEC), few=2)
+    assert few_centres.shape == centres.shape and not torch.equal(few_centres, centres)
     still, still_centres, _ = bench.fit(weights, rate=0.0, epochs=0.5, temperature=10.0)
     torch.testing.assert_close(bench.accuracy(still, still_centres, bench.test), predicted)
     start = SPEC.split(SPEC.draw(2, torch.Generator().manual_seed(0)))
@@ -301,7 +303,7 @@ def test_the_study_measures_every_arm(monkeypatch):
     images = coloured_squares(classes=30, train=20, test=10)
     monkeypatch.setattr(study, "load", lambda name, device: coloured_squares(classes=6, train=20, test=10))
     monkeypatch.setattr(study, "_has_cifar10", lambda: False)
-    fits = FitBudget((0.5, 1), (0.5,), (1e-3, 3e-3), 0.2, 10)
+    fits = FitBudget((0.5, 1), (0.5,), (1e-3, 3e-3), 0.2, 10, 3)
     budget = study.Budget(3, 2, Shape(4, 2, 2), (1e-3, 3e-3), 2, 4, 2, (1, 5), fits)
     found = json.loads(json.dumps(study.measure_with(images, 1, budget, report=lambda line: None)))
     arms = {"pudnet", "no_auxiliary", "one_network", "untrained"}
@@ -310,6 +312,9 @@ def test_the_study_measures_every_arm(monkeypatch):
     assert "cifar10: not at hand, left out" in found["notes"] and "shapes100, 5-way, 5 a class" in found["episodes"]
     assert found["training"]["pudnet"]["rate"] == found["training"]["no_auxiliary"]["rate"]
     assert all(len(found["pairs"][arm]) == len(found["pairs"]["numbers"]) for arm in arms)
+    assert (
+        set(found["datasets"]["few"]) == set(found["datasets"]["predicted"]) == {"pudnet", "one_network", "untrained"}
+    )
     assert set(found["datasets"]["fits"]) == {"scratch", "pudnet", "one_network"}
     assert all(each["seconds"] > 0 for each in found["datasets"]["predicted"].values())
     assert found["parameters"]["one_network"] == found["parameters"]["target"] == 60_512
@@ -323,7 +328,11 @@ def recorded_run(seed: int) -> dict:
         "episodes": {"unseen": {"pudnet": [0.5, 0.6 + 0.1 * seed], "one_network": [0.4, 0.6]}},
         "pairs": {"numbers": [seed, seed + 10], "pudnet": [0.7, 0.8]},
         "training": {"pudnet": {"seconds": 300.0}, "one_network": {"seconds": 200.0}},
-        "datasets": {"predicted": made, "fits": {"scratch": {"curve": lengths}}},
+        "datasets": {
+            "predicted": made,
+            "few": {"pudnet": made["one_network"]},
+            "fits": {"scratch": {"curve": lengths}},
+        },
     }
 
 
@@ -343,5 +352,6 @@ def test_the_headline_is_a_time_at_equal_accuracy_and_says_what_it_leaves_out():
     assert found.accuracy == pytest.approx(0.5) and found.match == pytest.approx(2.0)  # half way from 1 to 4 s, in logs
     assert found.times_faster == pytest.approx(4.0) and found.datasets_to_pay == pytest.approx(300 / 1.5)
     assert found.proper == pytest.approx(0.9) and found.proper_seconds == 100.0
+    assert headline([recorded_run(0)], "pudnet", "few").seconds == 2.0
     slower = headline([recorded_run(0)], "one_network")
     assert slower.match == 1.0 and slower.times_faster == 0.5 and slower.datasets_to_pay == math.inf

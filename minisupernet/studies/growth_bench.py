@@ -26,8 +26,8 @@ class Settings:
     the rate in any case. `widths` are the channels of the three stages and `convolutions` how many each has: with the
     linear layer, 5 layers. The teacher of the first phase has `widths` divided by `factor`. `to_8` and `to_20` list the
     growths one after the other, each the stages that get one more layer. `noise` and `much_noise` are on copied units,
-    in standard deviations. Curves are measured on the first `curve_images` test images, final accuracies on
-    `test_images`.
+    in standard deviations. Curves are measured on `curve_images` test images, the same for all runs, final accuracies
+    on `test_images`.
     """
 
     first: int = 700
@@ -89,6 +89,7 @@ class Bench:
         self.images, self.seed, self.settings = images, seed, settings
         order = torch.randperm(len(images.train_labels), generator=step_generator(0, -1)).to(images.device)
         self.held_out, self.used = order[: settings.validation], order[settings.validation :]
+        self.shown = torch.randperm(len(images.test_labels), generator=step_generator(0, -2)).to(images.device)
         batch = images.train_images[self.used[: settings.batch]]
         self.statistics = normalise(batch, images.mean, images.std)  # (batch, 3, 32, 32), for BatchNorm in `deepen`
 
@@ -142,10 +143,10 @@ class Bench:
 
     def summary(self, run: Run) -> dict:
         """What is recorded of a finished run."""
-        images, held_out, count = self.images, self.held_out, self.settings.test_images
+        images, held_out, shown = self.images, self.held_out, self.shown[: self.settings.test_images]
         return {
             "validation": self.accuracy(run.model, images.train_images[held_out], images.train_labels[held_out]),
-            "test": self.accuracy(run.model, images.test_images[:count], images.test_labels[:count]),
+            "test": self.accuracy(run.model, images.test_images[shown], images.test_labels[shown]),
             "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
             "flops": run.flops,
             "seconds": round(run.seconds, 2),
@@ -153,8 +154,8 @@ class Bench:
         }
 
     def _row(self, run: Run) -> dict[str, float]:
-        count = self.settings.curve_images
-        test = self.accuracy(run.model, self.images.test_images[:count], self.images.test_labels[:count])
+        shown = self.shown[: self.settings.curve_images]
+        test = self.accuracy(run.model, self.images.test_images[shown], self.images.test_labels[shown])
         return {"step": run.step, "flops": run.flops, "seconds": round(run.seconds, 2), "test": test}
 
     def _loss(self, model: nn.Module, step: int) -> Tensor:

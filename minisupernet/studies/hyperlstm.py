@@ -16,7 +16,7 @@ from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.hyperlstm import HyperLSTM
 from minisupernet.recurrent import LayerNormLSTM
 from minisupernet.text import CharacterModel, Text, bits_per_character, language_loss, python_help, streams
-from minisupernet.training import one_cycle, step_generator, train
+from minisupernet.training import History, one_cycle, step_generator, train
 
 __all__ = [
     "MODELS", "RowClassifier", "Settings", "Task", "final_run", "fit", "image_task", "make_recurrent", "matched_sizes",
@@ -80,6 +80,7 @@ def make_recurrent(model: str, inputs: int, hidden: int, settings: Settings) -> 
 
 
 def parameters(module: nn.Module) -> int:
+    """The number of trained numbers in a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -155,7 +156,9 @@ def row_accuracy(network: nn.Module, images: ImageSet, pictures: Tensor, labels:
     return right / len(labels)
 
 
-def fit(task: Task, model: str, hidden: int, rate: float, steps: int, seed: int, settings: Settings, device):
+def fit(
+    task: Task, model: str, hidden: int, rate: float, steps: int, seed: int, settings: Settings, device: torch.device
+) -> tuple[nn.Module, History]:
     """Train one network from the seed's start: (network, History, whose `train_seconds` leave the looks out)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -184,7 +187,7 @@ def fit(task: Task, model: str, hidden: int, rate: float, steps: int, seed: int,
     return network, history
 
 
-def measure_model(task: Task, model: str, hidden: int, seed: int, settings: Settings, device) -> dict:
+def measure_model(task: Task, model: str, hidden: int, seed: int, settings: Settings, device: torch.device) -> dict:
     """Try the rates in short runs, train at the one best on validation data, and test that network once."""
     short, tried = math.ceil(settings.trial * task.steps), []
     for rate in settings.rates:
@@ -194,7 +197,9 @@ def measure_model(task: Task, model: str, hidden: int, seed: int, settings: Sett
     return {"hidden": hidden, "tried": tried} | final_run(task, model, hidden, rate, task.steps, seed, settings, device)
 
 
-def final_run(task: Task, model: str, hidden: int, rate: float, steps: int, seed: int, settings, device) -> dict:
+def final_run(
+    task: Task, model: str, hidden: int, rate: float, steps: int, seed: int, settings: Settings, device: torch.device
+) -> dict:
     """One training run as it is recorded: parameters, rate, steps, curve, seconds of training, and the test value."""
     network, history = fit(task, model, hidden, rate, steps, seed, settings, device)
     names = ("step", "loss", "validation", "train_seconds")
@@ -205,7 +210,9 @@ def final_run(task: Task, model: str, hidden: int, rate: float, steps: int, seed
     }  # fmt: skip
 
 
-def measure_task(task: Task, seed: int, settings: Settings, device, report: Callable[[str], None]) -> dict:
+def measure_task(
+    task: Task, seed: int, settings: Settings, device: torch.device, report: Callable[[str], None]
+) -> dict:
     """Every model, then the plain LSTM once more, with as many steps as the HyperLSTM's seconds allow."""
     found = {}
     for model, hidden in matched_sizes(task.make, settings.hidden).items():

@@ -33,11 +33,11 @@ class Budget:
     `episodes` are what every arm is judged on, with `supports` support and `query` test images a class.
     """
 
-    steps: int = 500
-    tasks: int = 8
+    steps: int = 450
+    tasks: int = 6
     shape: Shape = Shape(10, 5, 5)
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    trial_steps: int = 80
+    trial_steps: int = 60
     episodes: int = 100
     query: int = 10
     supports: tuple[int, ...] = (1, 5, 50)

@@ -24,7 +24,8 @@ class FitBudget:
     """Runs of so many `epochs` each from scratch, and of so many `tuned_epochs` from made weights.
 
     Each run has its own one-cycle schedule, so that a short one is a short schedule and not a part of a long one. The
-    learning rate is the one of `rates` with the best validation accuracy after `trial_epochs`.
+    learning rate is the one of `rates` with the best validation accuracy after `trial_epochs`. Predictions see all
+    images or `few` of each class; training steps see `images` of a dataset.
     """
 
     epochs: tuple[float, ...] = (0.25, 0.5, 1, 2, 4, 12)
@@ -32,6 +33,7 @@ class FitBudget:
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     trial_epochs: float = 1
     images: int = 50
+    few: int = 20
 
 
 class DatasetFits:
@@ -51,14 +53,19 @@ class DatasetFits:
         self.pixels = kept.train_images
 
     @torch.no_grad()
-    def predict(self, generator: nn.Module) -> tuple[Weights, Tensor, float]:
-        """Made weights, prototypes (T, way, F) and the seconds that making both took for one dataset, best of three."""
-        seconds = []
+    def predict(self, generator: nn.Module, few: int | None = None) -> tuple[Weights, Tensor, float]:
+        """Made weights, prototypes (T, way, F) and the seconds that making both took for one dataset, best of three.
+
+        Args:
+            few: show only the first so many images of each class; None for all.
+        """
+        way, seconds = self.test.way, []
+        shown = self.test.support.unflatten(1, (way, -1))[:, :, :few].flatten(1, 2)  # (T, way * few, 3, 32, 32)
         for _ in range(3):
             self._wait()
             began = time.perf_counter()
-            weights = generator(self.test.support)
-            centres = prototypes(self._features(weights, self.test.support), self.test.way)
+            weights = generator(shown)
+            centres = prototypes(self._features(weights, shown), way)
             self._wait()
             seconds.append(time.perf_counter() - began)
         return weights, centres, min(seconds) / len(centres)
@@ -118,14 +125,15 @@ def measure_fits(
     datasets = [[unseen[n] for n in order[start : start + way]] for start in range(0, len(order) - way + 1, way)]
     learner = learners["pudnet"]
     bench = DatasetFits(learner.target, images, datasets, budget.images, seed + 6_000)
-    found: dict = {"classes": datasets, "train_per_class": bench.support, "predicted": {}, "fits": {}}
+    found: dict = {"classes": datasets, "train_per_class": bench.support, "predicted": {}, "few": {}, "fits": {}}
     random = torch.Generator(images.device).manual_seed(seed)
     spec = learner.generator.spec
     starts = {"scratch": spec.split(spec.draw(len(datasets), random))}
     for arm in ("pudnet", "one_network", "untrained"):
-        weights, centres, seconds = bench.predict(learners[arm].generator)
-        accuracy = _rounded(bench.accuracy(weights, centres, bench.test))
-        found["predicted"][arm] = {"seconds": round(seconds, 4), "accuracy": accuracy}
+        for name, few in (("few", budget.few), ("predicted", None)):
+            weights, centres, seconds = bench.predict(learners[arm].generator, few)
+            accuracy = _rounded(bench.accuracy(weights, centres, bench.test))
+            found[name][arm] = {"seconds": round(seconds, 5), "accuracy": accuracy}
         starts |= {arm: weights} if arm != "untrained" else {}
     for arm, weights in starts.items():
         found["fits"][arm] = _curve(bench, weights, budget, arm == "scratch", learner.log_temperature.exp().item())

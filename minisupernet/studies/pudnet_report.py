@@ -73,13 +73,14 @@ def accuracy_over_time(runs: Sequence[dict], start: str) -> tuple[list[float], l
     return seconds, [fmean(value for each in length for value in each["accuracy"]) for length in lengths]
 
 
-def headline(runs: Sequence[dict], arm: str) -> Headline:
+def headline(runs: Sequence[dict], arm: str, shown: str = "predicted") -> Headline:
     """The headline of "pudnet", "one_network" or "untrained", on the datasets of five unseen classes.
 
+    Predictions are made from all training images of a dataset, or with `shown` "few" from a few of each class.
     `match` is interpolated in the logarithm of seconds between two lengths of training; where the shortest is already
     as good it is that one's time, an upper bound, and where none is, infinite.
     """
-    made = [run["datasets"]["predicted"][arm] for run in runs]
+    made = [run["datasets"][shown][arm] for run in runs]
     accuracy = fmean(value for each in made for value in each["accuracy"])
     seconds, reached = accuracy_over_time(runs, "scratch")
     meta = [run["training"].get(arm, {"seconds": 0.0})["seconds"] for run in runs]
