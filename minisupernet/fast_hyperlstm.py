@@ -115,7 +115,7 @@ class _HyperSequence(torch.autograd.Function):
             outputs.append(h)
         ctx.save_for_backward(hidden_weight, hyper_hidden_weight, z_weight, weight)
         ctx.tape, ctx.updates = tape, (hyper_update, update)
-        return torch.stack(outputs), c, hyper_h, hyper_c
+        return torch.stack(outputs), c.clone(), hyper_h.clone(), hyper_c.clone()  # not what the tape holds
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_the_fast_sequence_is_the_loop_values_and_gradients(delayed, dropout):
         torch.testing.assert_close(fast, loop, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("make", [
+@pytest.mark.parametrize("make",[
     lambda: HyperLSTM(3, 4, 2, hyper_size=2, n_z=2), lambda: HyperLSTM(3, 4, hyper_size=2, n_z=2, layer_norm=False),
     lambda: LayerNormLSTM(3, 4),
 ])  # fmt: skip
@@ -155,6 +156,16 @@ def test_gradients_are_those_of_finite_differences(make):
         return outputs, *last
 
     assert torch.autograd.gradcheck(run, (x, *state, *values))
+
+
+def test_nothing_of_a_sequence_stays_in_memory():
+    network = HyperLSTM(3, 4, hyper_size=2)
+    outputs, last = network(torch.randn(5, 2, 3))
+    tape = weakref.ref(outputs.grad_fn.updates[1])
+    outputs.sum().backward()
+    assert tape() is not None
+    del outputs, last
+    assert tape() is None
 
 
 def character_model(vocabulary, layer_norm):
