@@ -30,16 +30,20 @@ class ScalingHeads(nn.Module):
     Equations 7, 11 and 12: z_h = A h + a, d_h = D z_h, the same for x, and b = D z_b + b_0 with z_b = A h. All gates
     are computed together. At the start every scaling is `scale`, whatever the state, and every bias is b_0
     (appendix A.2.3): A is 0 and a is 1 for the scalings, so that each z is a vector of n_z ones, and D is scale / n_z;
-    for the biases A is N(0, 0.01 squared) and D is 0.
+    for the biases A is N(0, 0.01 squared) and D is 0. In this start the n_z numbers of one z are interchangeable, so
+    they get equal gradients and stay equal: n_z of them do no more than one. A `spread` above 0 tells them apart.
 
     Args:
         gates: number of gates of the main network, 4 in an LSTM and 1 in a plain RNN.
         hyper_size, hidden_size: state sizes of the small network and of the main one.
         n_z: numbers in each z, the width of the bottleneck.
         scale: where every scaling starts.
+        spread: standard deviation of A for the scalings at the start; 0 in the paper.
     """
 
-    def __init__(self, gates: int, hyper_size: int, hidden_size: int, n_z: int = 4, scale: float = 0.1) -> None:
+    def __init__(
+        self, gates: int, hyper_size: int, hidden_size: int, n_z: int = 4, *, scale: float = 0.1, spread: float = 0.0
+    ) -> None:
         super().__init__()
         if n_z < 1:
             raise RecurrentError(f"n_z must be a whole number from 1, not {n_z}.")
@@ -48,6 +52,7 @@ class ScalingHeads(nn.Module):
         self.z_bias = nn.Parameter(torch.ones(2 * gates * n_z))  # a; z_b has none
         self.weight = nn.Parameter(torch.zeros(3 * gates, n_z, hidden_size))  # D
         self.base = nn.Parameter(torch.zeros(gates, 1, hidden_size))  # b_0
+        nn.init.normal_(self.z_weight[: 2 * gates * n_z], std=spread)
         nn.init.normal_(self.z_weight[2 * gates * n_z :], std=0.01)
         nn.init.constant_(self.weight[: 2 * gates], scale / n_z)
 
@@ -64,8 +69,9 @@ class _HyperCell(RecurrentCell):
     main network's, so that one product of h serves both.
     """
 
-    def __init__(self, gates: int, input_size: int, sizes: tuple[int, ...], hyper_size: int, n_z: int, delayed: bool):
+    def __init__(self, gates: int, input_size: int, sizes: tuple[int, ...], delayed: bool, heads: ScalingHeads):
         super().__init__(input_size, *sizes)
+        hyper_size = sizes[-1]
         self.gates, self.delayed, self.split = gates, delayed, [gates * hyper_size, gates * sizes[0]]
         of_h, of_x = orthogonal_blocks(gates, hyper_size, sizes[0] + input_size).split([sizes[0], input_size], dim=1)
         self.hyper_input_weight = nn.Parameter(of_x.contiguous())
@@ -73,7 +79,7 @@ class _HyperCell(RecurrentCell):
         self.hyper_hidden_weight = nn.Parameter(orthogonal_blocks(gates, hyper_size, hyper_size))
         self.input_weight = nn.Parameter(orthogonal_blocks(gates, sizes[0], input_size))
         self.hidden_weight = nn.Parameter(torch.cat([of_h, orthogonal_blocks(gates, sizes[0], sizes[0])]))
-        self.heads = ScalingHeads(gates, hyper_size, sizes[0], n_z)
+        self.heads = heads
 
     def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What both networks need of the input, for all steps in two products."""
@@ -105,7 +111,8 @@ class HyperRNNCell(_HyperCell):
     def __init__(
         self, input_size: int, hidden_size: int, hyper_size: int = 32, n_z: int = 4, *, delayed: bool = False
     ) -> None:
-        super().__init__(1, input_size, (hidden_size, hyper_size), hyper_size, n_z, delayed)
+        heads = ScalingHeads(1, hyper_size, hidden_size, n_z)
+        super().__init__(1, input_size, (hidden_size, hyper_size), delayed, heads)
 
     def step(self, prepared: tuple[Tensor, ...], state: State) -> State:
         """From what `prepare` made of one input and the state (h, hyper_h) to the next state."""
@@ -137,13 +144,15 @@ class HyperLSTMCell(_HyperCell):
         forget_bias: where the bias of both forget gates starts. The paper has none (0); its authors' code adds 1.
         delayed: make the scalings from the small LSTM's last state, as equation 11 is printed. The authors' code makes
             them from its new state, as here: so the weights depend on the input that they are applied to.
+        spread: how far apart the n_z numbers of a z start, as in `ScalingHeads`; 0 in the paper.
     """
 
     def __init__(
         self, input_size: int, hidden_size: int, hyper_size: int = 32, n_z: int = 4, *, recurrent_dropout: float = 0.0,
-        layer_norm: bool = True, forget_bias: float = 1.0, delayed: bool = False,
+        layer_norm: bool = True, forget_bias: float = 1.0, delayed: bool = False, spread: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(4, input_size, (hidden_size, hidden_size, hyper_size, hyper_size), hyper_size, n_z, delayed)
+        heads = ScalingHeads(4, hyper_size, hidden_size, n_z, spread=spread)
+        super().__init__(4, input_size, (hidden_size, hidden_size, hyper_size, hyper_size), delayed, heads)
         self.hyper_update = LSTMUpdate(hyper_size, forget_bias=forget_bias)
         self.update = LSTMUpdate(hidden_size, recurrent_dropout, forget_bias, layer_norm)
         if not layer_norm:  # then b_0 is what shifts the gate

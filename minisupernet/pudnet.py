@@ -84,7 +84,7 @@ class HyperRecurrentUnit(nn.Module):
         self.start = nn.Parameter(torch.randn(width))
         self.cell = nn.GRUCell(width, width)
         self.output = nn.Linear(width, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(layers))
 
     def forward(self, sketch: Tensor) -> Tensor:
         state, output, codes = sketch, self.start.expand_as(sketch), []
@@ -96,21 +96,26 @@ class HyperRecurrentUnit(nn.Module):
 
 
 class LowRankHead(nn.Module):
-    """The code of one layer (T, width) to its weights in a row (T, P_l): theta_l = b_l + (c_l U_l) V_l.
+    """The code of one layer (T, width) to its weights in a row (T, P_l): theta_l = b_l + sigma_l (c_l U_l) V_l.
 
-    U_l has `rank` columns, so a layer's weights for all datasets lie in a sheet of that many dimensions around b_l. The
-    start: b_l is an ordinary initialisation with a share `code_share` of its variance moved to V_l; since c_l is
-    normalised and U_l scaled to keep its size, every generated tensor starts with the target's own spread.
+    c_l is first standardised over datasets, so that what all have in common belongs to b_l, and U_l has `rank` columns:
+    a layer's networks lie in a sheet of that many dimensions around b_l. sigma_l is the target's own spread; in its
+    units a step of the optimiser is as large for every layer. A tensor of spread 0 is the same for all datasets.
+
+    The start: b_l is an ordinary initialisation with a share `code_share` of its variance moved to V_l, so that every
+    generated tensor starts with the target's own spread, and the networks of all datasets nearly equal.
     """
 
     def __init__(self, centre: Tensor, spread: Tensor, width: int, rank: int, code_share: float) -> None:
         super().__init__()
+        self.standard = nn.BatchNorm1d(width, affine=False)  # over the datasets of a step, then of all training
         self.down = nn.Parameter(torch.randn(width, rank) / math.sqrt(width))  # U_l
-        self.up = nn.Parameter(torch.randn(rank, len(spread)) * spread * math.sqrt(code_share / rank))  # V_l
+        self.up = nn.Parameter(torch.randn(rank, len(spread)) * math.sqrt(code_share / rank))  # V_l
         self.base = nn.Parameter(centre + torch.randn(len(spread)) * spread * math.sqrt(1 - code_share))  # b_l
+        self.register_buffer("spread", spread)  # sigma_l
 
     def forward(self, code: Tensor) -> Tensor:
-        return torch.addmm(self.base, code @ self.down, self.up)
+        return self.base + self.spread * (self.standard(code) @ self.down @ self.up)
 
 
 class PudNet(nn.Module):
@@ -128,7 +133,7 @@ class PudNet(nn.Module):
     """
 
     def __init__(
-        self, spec: WeightSpec, width: int = 64, rank: int = 8, mix: float = 0.1, code_share: float = 0.05
+        self, spec: WeightSpec, width: int = 64, rank: int = 8, mix: float = 0.1, code_share: float = 0.01
     ) -> None:
         super().__init__()
         if width < 1 or rank < 1 or not 0 <= mix <= 1 or not 0 <= code_share <= 1:
@@ -136,7 +141,6 @@ class PudNet(nn.Module):
         self.spec = spec
         sizes = _layer_sizes(spec)
         self.encoder = DatasetEncoder(width)
-        self.standard = nn.BatchNorm1d(width, affine=False)  # over datasets
         self.walk = HyperRecurrentUnit(width, len(sizes), mix)
         parts = zip(spec.centres().split(sizes), spec.spreads().split(sizes), strict=True)
         self.heads = nn.ModuleList(LowRankHead(centre, spread, width, rank, code_share) for centre, spread in parts)
@@ -150,17 +154,17 @@ class PudNet(nn.Module):
         return self.spec.split(self.flat(self.sketch(datasets)))
 
     def sketch(self, datasets: Tensor) -> Tensor:
-        """What the generator keeps of each dataset, (T, width): how it differs from the average dataset.
-
-        In training the average is over the T datasets of the call, after `eval()` over those met in training.
-        """
+        """What the generator keeps of each dataset, (T, width)."""
         _check(datasets)
-        if self.training and len(datasets) < 2:
-            raise PudNetError("in training a dataset is compared with others; give at least 2, or call eval() first.")
-        return self.standard(self.encoder(datasets))
+        return self.encoder(datasets)
 
     def flat(self, sketch: Tensor) -> Tensor:
-        """The weights that sketches (T, width) lead to, as rows (T, P)."""
+        """The weights that sketches (T, width) lead to, as rows (T, P).
+
+        In training codes are standardised over these T, after `eval()` over the datasets met in training.
+        """
+        if self.training and len(sketch) < 2:
+            raise PudNetError("in training a dataset is compared with others; give at least 2, or call eval() first.")
         codes = self.walk(sketch).unbind(1)  # one (T, width) a layer
         return torch.cat([head(code) for head, code in zip(self.heads, codes, strict=True)], dim=1)
 

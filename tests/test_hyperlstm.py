@@ -209,6 +209,19 @@ def test_everything_starts_where_the_appendix_says():
             torch.testing.assert_close(gate @ gate.T, torch.eye(len(gate)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("spread", "expected"), [(0.0, {1}), (0.1, {3, 4})])
+def test_the_numbers_of_a_z_stay_equal_unless_they_start_apart(spread, expected):
+    torch.manual_seed(0)
+    network, codes = HyperLSTM(4, 12, hyper_size=6, n_z=4, spread=spread), torch.randint(4, (12, 16))
+    optimizer, x = torch.optim.Adam(network.parameters(), lr=1e-2), F.one_hot(codes, 4).float()
+    for _ in range(60):
+        optimizer.zero_grad()
+        (network(x)[0][1:, :, :4] - x[:-1]).square().mean().backward()
+        optimizer.step()
+    d_h = network.cells[0].heads(network(x)[1].hyper_h[0])[0][1].detach()  # those of the forget gate (B, H)
+    assert torch.linalg.matrix_rank(d_h - d_h[0], rtol=1e-3).item() in expected
+
+
 @pytest.mark.parametrize("forget_bias", [0.0, 1.0])
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_the_forget_bias_is_on_the_forget_gate_alone(layer_norm, forget_bias):
@@ -410,6 +423,7 @@ def test_the_study_matches_parameters_and_treats_every_model_alike(squares):
             assert [row["step"] for row in arm["curve"]] == [2, 4]
             assert arm["train_seconds"] == pytest.approx(arm["curve"][-1]["train_seconds"], abs=0.01)
         assert found[task]["lstm_equal_seconds"]["parameters"] == found[task]["lstm"]["parameters"]
+        assert found[task]["hyperlstm_spread"]["parameters"] == found[task]["hyperlstm"]["parameters"]
         assert found[task]["lstm_equal_seconds"]["rate"] == found[task]["lstm"]["rate"]
 
 

@@ -31,16 +31,18 @@ class Settings:
     """How much is trained; the same for every model.
 
     `text_steps`, `image_steps`: training steps of the final run; the trial of each of the `rates` has `trial` of them.
-    `hidden`: units of the HyperLSTM; the others get as many as give equally many parameters.
+    `hidden`: units of the HyperLSTM; the others get as many as give equally many parameters. `spread`: that of the
+    HyperLSTM whose numbers in z start apart.
     """
 
     text_steps: int = 800
     image_steps: int = 600
     trial: float = 0.2
-    rates: tuple[float, ...] = (2e-3, 5e-3, 1.25e-2)
+    rates: tuple[float, ...] = (5e-3, 1.25e-2, 3e-2)
     hidden: int = 96
     hyper_size: int = 32
     n_z: int = 4
+    spread: float = 0.1
     streams: int = 32
     window: int = 64
     images: int = 64
@@ -67,9 +69,11 @@ class RowClassifier(nn.Module):
 
 
 def make_recurrent(model: str, inputs: int, hidden: int, settings: Settings) -> nn.Module:
-    """One recurrent layer of the kind `model`, one of `MODELS`; nn.LSTM gets a forget bias of 1, as the others have."""
-    if model == "hyperlstm":
-        return HyperLSTM(inputs, hidden, hyper_size=settings.hyper_size, n_z=settings.n_z)
+    """One recurrent layer of the kind `model`, one of `MODELS` or "hyperlstm_spread"; nn.LSTM gets a forget bias of 1,
+    as the others have."""
+    if model.startswith("hyperlstm"):
+        spread = settings.spread if model == "hyperlstm_spread" else 0.0
+        return HyperLSTM(inputs, hidden, hyper_size=settings.hyper_size, n_z=settings.n_z, spread=spread)
     if model == "layer_norm_lstm":
         return LayerNormLSTM(inputs, hidden)
     lstm = nn.LSTM(inputs, hidden)
@@ -213,16 +217,24 @@ def final_run(
 def measure_task(
     task: Task, seed: int, settings: Settings, device: torch.device, report: Callable[[str], None]
 ) -> dict:
-    """Every model, then the plain LSTM once more, with as many steps as the HyperLSTM's seconds allow."""
+    """Every model, then two arms that take another's rate.
+
+    They are the HyperLSTM whose numbers in z start apart, and the plain LSTM with as many steps as the HyperLSTM's
+    seconds allow.
+    """
     found = {}
     for model, hidden in matched_sizes(task.make, settings.hidden).items():
         found[model] = measure_model(task, model, hidden, seed, settings, device)
         report(f"  {model}: {found[model]['test']} after {found[model]['train_seconds']} s")
     lstm, hyper = found["lstm"], found["hyperlstm"]
-    steps = round(lstm["steps"] * hyper["train_seconds"] / lstm["train_seconds"])
-    longer = final_run(task, "lstm", lstm["hidden"], lstm["rate"], steps, seed, settings, device)
-    report(f"  lstm_equal_seconds: {longer['test']} after {longer['train_seconds']} s and {steps} steps")
-    return {**found, "lstm_equal_seconds": {"hidden": lstm["hidden"], **longer}}
+    longer = round(lstm["steps"] * hyper["train_seconds"] / lstm["train_seconds"])
+    for arm, model, like, steps in (
+        ("hyperlstm_spread", "hyperlstm_spread", hyper, hyper["steps"]), ("lstm_equal_seconds", "lstm", lstm, longer),
+    ):  # fmt: skip
+        run = final_run(task, model, like["hidden"], like["rate"], steps, seed, settings, device)
+        found[arm] = {"hidden": like["hidden"], **run}
+        report(f"  {arm}: {run['test']} after {run['train_seconds']} s and {steps} steps")
+    return found
 
 
 def measure(
