@@ -46,6 +46,10 @@ def test_enough_seeds_and_held_out_tasks(experiment, setup):
     assert len(task_means(runs, setup, "z_only")) >= 10
 
 
+def test_the_better_generator_held_out_every_task_of_experiment_1():
+    assert sorted(task_means(recorded(1), "better", "z_only")) == list(range(99))
+
+
 @pytest.mark.parametrize("experiment", [1, 2])
 def test_every_run_says_where_it_comes_from(experiment):
     for run in recorded(experiment):
@@ -82,11 +86,11 @@ def test_the_chapters_say_what_the_numbers_say(experiment, setup, first, second)
 
 
 def test_the_sizes_that_the_chapters_speak_of():
-    """ "Above 80 %", "a few points", "far behind", "a point or two", "small": the words beside the verdicts."""
+    """ "Four images of five", "a few points", "far behind", "a point or two", "small": the words beside the verdicts."""
     one, two = recorded(1), recorded(2)
-    assert interval(list(task_means(one, "better", "no_adaptation").values())).low > 0.80
+    assert 0.78 < interval(list(task_means(one, "better", "no_adaptation").values())).mean < 0.83
     for found in (compare(one, "better", "z_only", "no_adaptation"), compare(two, "better", "from_scratch", "z_only")):
-        assert 0.02 < found.mean < 0.06
+        assert 0.02 < found.mean < 0.07
     assert compare(one, "better", "z_only", "random_generator").low > 0.10
     assert compare(one, "better", "fine_tuned", "z_only").mean < 0.02
     assert compare(two, "original", "z_only", "random_generator").mean < 0.05
