@@ -86,7 +86,7 @@ def test_the_chapters_say_what_the_numbers_say(experiment, setup, first, second)
 
 
 def test_the_sizes_that_the_chapters_speak_of():
-    """ "Four images of five", "a few points", "far behind", "a point or two", "small": the words beside the verdicts."""
+    """Words beside the verdicts: "four images of five", "a few points", "far behind", "a point or two", "small"."""
     one, two = recorded(1), recorded(2)
     assert 0.78 < interval(list(task_means(one, "better", "no_adaptation").values())).mean < 0.83
     for found in (compare(one, "better", "z_only", "no_adaptation"), compare(two, "better", "from_scratch", "z_only")):
