@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minisupernet.wiring import GrowthError, Wiring, feeding_layer, find_wiring
 
 __all__ = [
-    "Copies", "GrowthError", "Widening", "copied", "copy_units", "deepen", "identity_", "insert", "insertion",
+    "Copies", "Widening", "copied", "copy_units", "deepen", "identity_", "insert", "insertion",
     "norm_for", "undo_", "widen",
 ]  # fmt: skip
 

@@ -113,7 +113,8 @@ def load_runs(path: str | Path) -> list[dict]:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ResultError(f"there is no {path}; record it with `python -m minisupernet experiment` or `study`.") from error
+        commands = "`python -m minisupernet experiment` or `study`"
+        raise ResultError(f"there is no {path}; record it with {commands}.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ResultError(f"{path} cannot be read as JSON ({error}); restore it or record it anew.") from error
     runs = document.get("runs") if isinstance(document, dict) else None
