@@ -161,9 +161,8 @@ class Links(HTMLParser):
 
 @pytest.fixture(scope="session")
 def links(book) -> dict[Path, Links]:
-    return {
-        path: Links(path.read_text(encoding="utf-8")) for path in book.rglob("*.html") if "_static" not in str(path)
-    }
+    found = (path for path in book.rglob("*.html") if "_static" not in path.parts)
+    return {path: Links(path.read_text(encoding="utf-8")) for path in found}
 
 
 def test_every_link_inside_the_book_leads_somewhere(links, book):
