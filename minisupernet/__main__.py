@@ -78,16 +78,21 @@ def run_notebooks(options: argparse.Namespace) -> None:
     refresh(CHECKOUT)
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every recorded run can be told: how large it is, and on what it runs."""
+    parser.add_argument("--profile", choices=("quick", "full"), default="full")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (auto)")
+    parser.add_argument("--threads", type=int, help="CPU threads (all)")
+
+
 def add_experiment(commands: argparse._SubParsersAction) -> None:
     """`experiment`: run experiment 1 or 2 and record what it measured."""
     parser = commands.add_parser("experiment", help="run experiment 1 or 2 and record it as JSON; needs no Jupyter")
     parser.add_argument("number", type=int, choices=(1, 2))
     parser.add_argument("--setup", choices=("original", "better", "unseen_pairs"), default="better")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed; seed s holds out fold s (0)")
-    parser.add_argument("--profile", choices=("quick", "full"), default="full")
     parser.add_argument("--data", default="cifar100", help="auto, cifar100, shapes100 or a .npz file (cifar100)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (auto)")
-    parser.add_argument("--threads", type=int, help="CPU threads (all)")
+    add_run_options(parser)
     parser.add_argument("--out", type=Path, help="result file (results/0?_experiment_?.json)")
     parser.set_defaults(run=run_experiment_command)
 
@@ -120,10 +125,8 @@ def add_study(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("study", help="measure the system of chapter 2, 3, 4 or 8 and record it as JSON")
     parser.add_argument("name", help="net2net, static_hypernet, hyperlstm or pudnet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed (0)")
-    parser.add_argument("--profile", choices=("quick", "full"), default="full")
     parser.add_argument("--data", help="auto, cifar10, cifar100, shapes100 or a .npz file (the study's own)")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (auto)")
-    parser.add_argument("--threads", type=int, help="CPU threads (all)")
+    add_run_options(parser)
     parser.add_argument("--out", type=Path, help="result file (the study's own in results/)")
     parser.set_defaults(run=run_study)
 
@@ -137,9 +140,7 @@ def run_study(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     for seed in options.seeds:
-        path = record_study(
-            options.name, seed, options.profile, options.data, options.device, options.out,
-        )  # fmt: skip
+        path = record_study(options.name, seed, options.profile, options.data, options.device, options.out)
         print(f"{options.name}, seed {seed}: recorded in {path}")
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minisupernet.data import ImageSet
-from minisupernet.results import fingerprint, provenance
+from minisupernet.results import fingerprint, provenance, rounded
 from minisupernet.supernet import Fit, GeneratorError, SuperNet, accuracy, fit_weights, fit_z, train_generator
 from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.tasks import TaskImages, experiment_1, experiment_2, hold_out
@@ -160,7 +160,7 @@ class Bench:
     def no_adaptation(self) -> list[float]:
         """Test accuracy of the shared network on each held-out task."""
         weights = self.spec.split(self.shared_weights().expand(len(self.held_out), -1))
-        return _rounded(accuracy(self.target, weights, self.data(self.held_out)))
+        return rounded(accuracy(self.target, weights, self.data(self.held_out)))
 
     def adapt(self, arm: str, rate: float, data: TaskImages) -> dict[str, Tensor]:
         """The weights that one fitted arm reaches on `data`'s tasks at one learning rate."""
@@ -186,7 +186,7 @@ class Bench:
             data, generator = self.data([number]), copy.deepcopy(self.generator)
             z, _ = fit_z(generator, self.target, data, fit, self.mean_z(), freeze=False)
             with torch.no_grad():
-                accuracies += _rounded(accuracy(self.target, generator(z), data))
+                accuracies += rounded(accuracy(self.target, generator(z), data))
         return accuracies
 
     def measure_trained(self) -> dict[str, list[float]]:
@@ -195,8 +195,8 @@ class Bench:
         with torch.no_grad():
             right, wrong = self.generator(self.z), self.generator(self.z.roll(1, 0))
         return {
-            "right_z": _rounded(accuracy(self.target, right, data)),
-            "wrong_z": _rounded(accuracy(self.target, wrong, data)),
+            "right_z": rounded(accuracy(self.target, right, data)),
+            "wrong_z": rounded(accuracy(self.target, wrong, data)),
         }
 
 
@@ -257,10 +257,6 @@ def best_rate(bench: Bench, arm: str, report: Callable[[str], None] = print) -> 
         tried.append({"rate": rate, "validation": validation})
         if best is None or validation > best["validation"]:
             best, best_weights = tried[-1], weights
-    test = _rounded(accuracy(bench.target, best_weights, data))  # test images are met once, by the chosen rate
+    test = rounded(accuracy(bench.target, best_weights, data))  # test images are met once, by the chosen rate
     report(f"{arm}: {fmean(test):.3f} at rate {best['rate']:g}")
     return {**best, "test": test, "tried": tried}
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]

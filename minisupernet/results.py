@@ -19,7 +19,7 @@ from minisupernet.files import whole_file
 
 __all__ = [
     "Interval", "ResultError", "difference", "fingerprint", "interval", "load_runs", "paired", "provenance",
-    "record_run", "results_file", "task_means",
+    "record_run", "results_file", "rounded", "task_means",
 ]  # fmt: skip
 
 RESAMPLES = 10_000
@@ -102,6 +102,11 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if changed else "")
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """The values of a tensor (N,) as they are recorded, to four digits."""
+    return [round(value, 4) for value in values.tolist()]
 
 
 def load_runs(path: str | Path) -> list[dict]:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
 from minisupernet.data import ImageSet, data_folder, load
 from minisupernet.episodes import Batch, Episodes, Learner, Shape
 from minisupernet.image_files import CIFAR_FOLDERS
 from minisupernet.pudnet import FeatureNet, OneNetwork, PudNet
-from minisupernet.studies.pudnet_fits import FitBudget, measure_fits
+from minisupernet.results import rounded
+from minisupernet.studies.pudnet_fits import FitBudget, kept_for_training, measure_fits
 from minisupernet.target import WeightSpec
 from minisupernet.tasks import experiment_2, hold_out
 from minisupernet.training import History, one_cycle, train
@@ -75,7 +75,7 @@ def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) ->
     for name, (episodes, way, support) in places.items():
         accuracies[name] = _episode_accuracies(learners, episodes, Shape(way, support, budget.query), budget, seed)
         report(f"{name}: " + ", ".join(f"{arm} {sum(v) / len(v):.3f}" for arm, v in accuracies[name].items()))
-    binary = Episodes(images, unseen, test=True).whole([pair for _, pair in pairs], _kept(images))
+    binary = Episodes(images, unseen, test=True).whole([pair for _, pair in pairs], kept_for_training(images))
     return {
         "settings": asdict(budget),
         "classes": {"training": training, "validation": validation, "unseen": unseen},
@@ -84,8 +84,8 @@ def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) ->
         "training": {arm: trained.record for arm, trained in arms.items()},
         "episodes": accuracies,
         "notes": notes,
-        "pairs": {"numbers": [number for number, _ in pairs], "support_per_class": _kept(images)}
-        | {arm: _rounded(learner.accuracy(binary)) for arm, learner in learners.items()},
+        "pairs": {"numbers": [number for number, _ in pairs], "support_per_class": kept_for_training(images)}
+        | {arm: rounded(learner.accuracy(binary)) for arm, learner in learners.items()},
         "datasets": measure_fits(learners, images, unseen, budget.fits, seed, report),
         "sketches": measure_sketches(learners, images, Episodes(images, unseen, test=True), seed),
     }
@@ -161,7 +161,7 @@ def measure_sketches(
         found["nearest"][arm] = round((own[distances.argmin(1)] == own).float().mean().item(), 4)
         if arm == "pudnet":
             plane = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
-            found["plane"] = [_rounded(point) for point in plane]
+            found["plane"] = [rounded(point) for point in plane]
             found["superclass"] = own.tolist()
     return found
 
@@ -210,19 +210,10 @@ def _episode_accuracies(
     for step in range(budget.episodes // at_once):
         batch = episodes.draw(step, seed + 5_000, shape, at_once)
         for arm, learner in learners.items():
-            found[arm] += _rounded(learner.accuracy(batch))
-        found["wrong_sketch"] += _rounded(learners["pudnet"].accuracy(batch, batch.support.roll(1, 0)))
+            found[arm] += rounded(learner.accuracy(batch))
+        found["wrong_sketch"] += rounded(learners["pudnet"].accuracy(batch, batch.support.roll(1, 0)))
     return found
 
 
 def _mean(learner: Learner, batches: list[Batch]) -> float:
     return torch.cat([learner.accuracy(batch) for batch in batches]).mean().item()
-
-
-def _kept(images: ImageSet) -> int:
-    """Training images a class left after the last tenth is kept for validation."""
-    return int(torch.bincount(images.train_labels).min()) * 9 // 10
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.episodes import Batch, Episodes, Learner
 from minisupernet.pudnet import cosine_logits, prototypes
+from minisupernet.results import rounded
 from minisupernet.target import run_tasks
 from minisupernet.training import one_cycle, step_generator, train
 
-__all__ = ["DatasetFits", "FitBudget", "measure_fits"]
+__all__ = ["DatasetFits", "FitBudget", "kept_for_training", "measure_fits"]
 
 Weights = dict[str, Tensor]  # name -> (T, *shape)
 
@@ -132,7 +133,7 @@ def measure_fits(
     for arm in ("pudnet", "one_network", "untrained"):
         for name, few in (("few", budget.few), ("predicted", None)):
             weights, centres, seconds = bench.predict(learners[arm].generator, few)
-            accuracy = _rounded(bench.accuracy(weights, centres, bench.test))
+            accuracy = rounded(bench.accuracy(weights, centres, bench.test))
             found[name][arm] = {"seconds": round(seconds, 5), "accuracy": accuracy}
         starts |= {arm: weights} if arm != "untrained" else {}
     for arm, weights in starts.items():
@@ -152,21 +153,22 @@ def _curve(bench: DatasetFits, start: Weights, budget: FitBudget, scratch: bool,
     rate = max(tried, key=lambda each: each["validation"])["rate"] if tried else budget.rates[0]
     for epochs in budget.epochs if scratch else budget.tuned_epochs:
         weights, centres, seconds = bench.fit(start, rate, epochs, temperature)
-        accuracy = _rounded(bench.accuracy(weights, centres, bench.test))
+        accuracy = rounded(bench.accuracy(weights, centres, bench.test))
         curve.append({"epochs": epochs, "seconds": round(seconds, 4), "accuracy": accuracy})
     return {"rate": rate, "tried": tried, "curve": curve}
+
+
+def kept_for_training(images: ImageSet) -> int:
+    """Training images a class that are left after the last tenth is kept for validation."""
+    return int(torch.bincount(images.train_labels).min()) * 9 // 10
 
 
 def _hold_back(images: ImageSet) -> tuple[ImageSet, int]:
     """The image set with a tenth of each class's training images in place of its test images; and how many stay."""
     numbers = [(images.train_labels == number).nonzero().flatten() for number in range(images.classes)]
-    stay = min(len(own) for own in numbers) * 9 // 10
+    stay = kept_for_training(images)
     train, held = torch.cat([own[:stay] for own in numbers]), torch.cat([own[stay:] for own in numbers])
     return replace(
         images, train_images=images.train_images[train], train_labels=images.train_labels[train],
         test_images=images.train_images[held], test_labels=images.train_labels[held],
     ), stay  # fmt: skip
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]
