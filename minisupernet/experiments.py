@@ -1,7 +1,7 @@
 """Experiments 1 and 2: train the generator on some tasks, freeze it, fit only z on the others, against controls.
 
-A `Setup` says how. `run_experiment` trains one generator on one fold and measures every arm on the held-out tasks,
-with the same images, steps and batch order for each arm:
+`run_experiment` trains one generator on one fold of tasks, as a `Setup` says, and measures every arm on the held-out
+tasks, with the same images, steps and batch order for each arm:
 
 | arm | what is fitted on the new task | what it isolates |
 |---|---|---|
@@ -9,7 +9,10 @@ with the same images, steps and batch order for each arm:
 | `random_generator` | z; a generator never trained, frozen | is it just a random subspace? |
 | `from_scratch` | all weights, from an ordinary start | ordinary training |
 | `fine_tuned` | all weights, from what the generator makes of the mean z | transfer without z |
+| `last_layer`, `biases` | those weights alone, from the same start | other ways to fit few numbers |
+| `one_network` | nothing: one ordinary network, trained on all trained tasks | is a generator needed? |
 | `no_adaptation` | nothing: the generator's network for the mean z | one network for all |
+| `other_z` | nothing: the z fitted to another held-out task | does z carry the task? |
 | `unfrozen` | z and the generator, as the original's code does | the flaw |
 
 On the trained tasks, `right_z` against `wrong_z` (another task's) says whether z carries the task.
@@ -18,7 +21,7 @@ On the trained tasks, `right_z` against `wrong_z` (another task's) says whether 
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -26,86 +29,19 @@ import torch
 from torch import Tensor
 
 from minisupernet.data import ImageSet
+from minisupernet.fitting import Fit, accuracy, fit_shared, fit_weights
+from minisupernet.geometry import measure_geometry
 from minisupernet.results import fingerprint, provenance, rounded
-from minisupernet.supernet import Fit, GeneratorError, SuperNet, accuracy, fit_weights, fit_z, train_generator
+from minisupernet.setups import Setup
+from minisupernet.supernet import ClassVectors, SuperNet, fit_z, train_generator
 from minisupernet.target import TaskClassifier, WeightSpec
-from minisupernet.tasks import TaskImages, experiment_1, experiment_2, hold_out
+from minisupernet.tasks import BinaryTasks, TaskImages, all_pairs, experiment_1, experiment_2, hold_out
 from minisupernet.training import History, step_generator
 
-__all__ = ["ADAPTED", "Bench", "Setup", "best_rate", "better", "original", "run_experiment", "unseen_pairs"]
+__all__ = ["ADAPTED", "Bench", "best_rate", "run_experiment"]
 
 ADAPTED = ("z_only", "random_generator", "from_scratch", "fine_tuned")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All settings of one experiment.
-
-    `rates` lists, for each fitted arm, the learning rates to try; the one with the best mean validation accuracy over
-    the held-out tasks counts. `unfrozen` is how many held-out tasks also run the original's unfrozen code.
-    """
-
-    name: str
-    experiment: int
-    training: Fit
-    adaptation: Fit
-    rates: dict[str, tuple[float, ...]]
-    z_dim: int = 16
-    hidden: tuple[int, ...] = (64,)
-    faithful: bool = False  # the original's generator, classifier, start and raw pixels
-    augmentation: dict[str, int] = field(default_factory=dict)
-    unfrozen: int = 0
-    pairs: bool = False  # experiment 2: hold out both orientations of a pair, not only the reversed one
-
-    @property
-    def folds(self) -> int:
-        """Folds of held-out tasks: 9 of 11 tasks in experiment 1, 5 of 10 in experiment 2."""
-        return {1: 9, 2: 5}[self.experiment]
-
-
-def original(experiment: int, profile: str = "full") -> Setup:
-    """The original's set-up: one-hot z, bare tanh heads, raw pixels, TensorFlow's RMSProp at 1e-4, one task a step.
-
-    Full: 50,000 steps of 20 images, then 1,000 steps on each new task. Its new z is the sum of two equal vectors, which
-    RMSProp moves by the same step each: one vector at twice the rate.
-    """
-    _check_profile(profile)
-    full = profile == "full"
-    training = Fit(
-        50_000 if full else 2_000, 1e-4, images=20, tasks=1, optimizer="tensorflow-rmsprop", cycle=False, every=5_000
-    )
-    adaptation = replace(training, steps=1_000 if full else 200, tasks=None, every=1_000)
-    rates = {"z_only": (2e-4,), "random_generator": (2e-4,), "from_scratch": (1e-4,), "fine_tuned": (1e-4,)}
-    unfrozen = 4 if full else 0
-    return Setup("original", experiment, training, adaptation, rates, 100, (), faithful=True, unfrozen=unfrozen)
-
-
-def better(experiment: int, profile: str = "full") -> Setup:
-    """A better generator: 16 learned numbers a task, one hidden layer, ordinary starting scale, normalised images."""
-    _check_profile(profile)
-    if profile == "quick":
-        training, adaptation = Fit(240, 2e-3, tasks=24, images=16, every=60), Fit(80, images=16, every=1_000)
-        rates = {"z_only": (1e-1,), "random_generator": (1e-1,), "from_scratch": (3e-3,), "fine_tuned": (1e-3,)}
-        return Setup("better", experiment, training, adaptation, rates)  # no augmentation: too short to overfit
-    rates = {
-        "z_only": (3e-2, 1e-1, 3e-1), "random_generator": (3e-2, 1e-1, 3e-1),
-        "from_scratch": (3e-4, 1e-3, 3e-3), "fine_tuned": (1e-4, 3e-4, 1e-3),
-    }  # fmt: skip
-    augmentation = {"flip": 1, "crop": 4, "cutout": 10 if experiment == 1 else 0}
-    adaptation = Fit(300, every=1_000)
-    return Setup("better", experiment, Fit(700, 1e-3, tasks=40), adaptation, rates, augmentation=augmentation)
-
-
-def unseen_pairs(experiment: int = 2, profile: str = "full") -> Setup:
-    """Experiment 2 by the better generator, on pairs of classes that it met in neither orientation."""
-    if experiment != 2:
-        raise GeneratorError("only experiment 2 has pairs; use 'better' for experiment 1.")
-    return replace(better(2, profile), name="unseen_pairs", pairs=True)
-
-
-def _check_profile(profile: str) -> None:
-    if profile not in ("quick", "full"):
-        raise GeneratorError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
+Weights = dict[str, Tensor]
 
 
 class Bench:
@@ -130,17 +66,34 @@ class Bench:
                 generator = SuperNet(self.spec, self.setup.z_dim, self.setup.hidden)
         return generator.to(self.images.device)
 
-    def data(self, numbers: list[int]) -> TaskImages:
+    def images_of(self, tasks: BinaryTasks, per_class: int | None = None) -> TaskImages:
+        """The images of any tasks, as this set-up shows them; of each class the first `per_class` to train on."""
+        raw, augmentation = self.setup.faithful, self.setup.augmentation
+        return TaskImages(self.images, tasks, per_class=per_class, raw=raw, **augmentation)
+
+    def data(self, numbers: list[int], per_class: int | None = None) -> TaskImages:
         """The images of the tasks with these numbers."""
-        return TaskImages(self.images, self.tasks.select(numbers), raw=self.setup.faithful, **self.setup.augmentation)
+        return self.images_of(self.tasks.select(numbers), per_class)
+
+    def training_tasks(self) -> BinaryTasks:
+        """What the generator is trained on: the trained tasks and, with `many_tasks`, every other pair of their classes
+        that is not held out; the trained tasks are then repeated until they make up `own_share` of the list."""
+        if not self.setup.many_tasks:
+            return self.tasks.select(self.trained)
+        trained, share = self.tasks.select(self.trained), self.setup.own_share
+        others = all_pairs(trained, but=self.tasks.select(self.held_out))
+        times = max(1, round(len(others) * share / (1 - share) / len(trained)))
+        return self.tasks.select(self.trained * times) + others
 
     def train(self, checkpoint: Path | None = None) -> History:
-        """Train the generator on the trained tasks; returns the History and keeps the task vectors as `z`."""
-        fit = replace(self.setup.training, seed=self.seed)
-        self.z, history = train_generator(
-            self.generator, self.target, self.data(self.trained), fit,
-            one_hot=self.setup.faithful, checkpoint=checkpoint,
+        """Train the generator; returns the History and keeps the trained tasks' vectors as `z`."""
+        fit, tasks = replace(self.setup.training, seed=self.seed), self.training_tasks()
+        vectors = ClassVectors(tasks, self.setup.z_dim, self.seed) if self.setup.many_tasks else None
+        z, history = train_generator(
+            self.generator, self.target, self.images_of(tasks), fit, vectors,
+            one_hot=self.setup.faithful, watch=self.data(self.trained), checkpoint=checkpoint,
         )  # fmt: skip
+        self.z = z[: len(self.trained)]
         return history
 
     def mean_z(self) -> Tensor:
@@ -159,19 +112,49 @@ class Bench:
 
     def no_adaptation(self) -> list[float]:
         """Test accuracy of the shared network on each held-out task."""
-        weights = self.spec.split(self.shared_weights().expand(len(self.held_out), -1))
+        return self.test(self.spec.split(self.shared_weights().expand(len(self.held_out), -1)))
+
+    def test(self, weights: Weights) -> list[float]:
+        """Test accuracy of one network for each held-out task."""
         return rounded(accuracy(self.target, weights, self.data(self.held_out)))
 
-    def adapt(self, arm: str, rate: float, data: TaskImages) -> dict[str, Tensor]:
+    def test_z(self, z: Tensor, numbers: list[int] | None = None) -> list[float]:
+        """Test accuracy of the networks of task vectors (T, z_dim), on the held-out tasks or those with T numbers."""
+        with torch.no_grad():
+            return rounded(accuracy(self.target, self.generator(z), self.data(numbers or self.held_out)))
+
+    def adapt(self, arm: str, rate: float, data: TaskImages) -> Weights:
         """The weights that one fitted arm reaches on `data`'s tasks at one learning rate."""
-        fit = replace(self.setup.adaptation, rate=rate, z_rate=rate, seed=self.seed + 500)
         if arm in ("z_only", "random_generator"):
             generator = self.generator if arm == "z_only" else self.new_generator(self.seed + 1_000)
-            z, _ = fit_z(generator, self.target, data, fit, self.mean_z())
+            z = self.fit_z(generator, rate, data)
             with torch.no_grad():
                 return generator(z)
-        start = self.shared_weights() if arm == "fine_tuned" else self._ordinary_start(len(data.tasks))
-        return self.spec.split(fit_weights(self.spec, self.target, data, fit, start)[0])
+        if arm == "one_network":
+            return self._one_network(rate, len(data.tasks))
+        start = self._ordinary_start(len(data.tasks)) if arm == "from_scratch" else self.shared_weights()
+        fit, only = self._fit(rate), {"last_layer": self._last_layer(), "biases": self._biases()}.get(arm)
+        return self.spec.split(fit_weights(self.spec, self.target, data, fit, start, only)[0])
+
+    def fit_z(self, generator: SuperNet, rate: float, data: TaskImages) -> Tensor:
+        """The task vectors (T, z_dim) fitted to `data`'s tasks, the generator frozen."""
+        return fit_z(generator, self.target, data, self._fit(rate), self.mean_z())[0]
+
+    def _fit(self, rate: float) -> Fit:
+        return replace(self.setup.adaptation, rate=rate, z_rate=rate, seed=self.seed + 500)
+
+    def _one_network(self, rate: float, tasks: int) -> Weights:
+        """One network trained on all that the generator was trained on, given to each task."""
+        fit, data = replace(self.setup.training, rate=rate, seed=self.seed), self.images_of(self.training_tasks())
+        start, watch = self._ordinary_start(1)[0], self.data(self.trained)
+        flat, _ = fit_shared(self.spec, self.target, data, fit, start, watch)
+        return self.spec.split(flat.expand(tasks, -1))
+
+    def _last_layer(self) -> list[str]:
+        return [tensor.name for tensor in self.spec.tensors if tensor.name.startswith("output.")]
+
+    def _biases(self) -> list[str]:
+        return [tensor.name for tensor in self.spec.tensors if tensor.name.endswith(".bias")]
 
     def _ordinary_start(self, tasks: int) -> Tensor:
         rule = "glorot" if self.setup.faithful else "torch"
@@ -191,12 +174,9 @@ class Bench:
 
     def measure_trained(self) -> dict[str, list[float]]:
         """Test accuracy of the trained tasks with their own z, and with the z of the next task (wrong)."""
-        data = self.data(self.trained)
-        with torch.no_grad():
-            right, wrong = self.generator(self.z), self.generator(self.z.roll(1, 0))
         return {
-            "right_z": rounded(accuracy(self.target, right, data)),
-            "wrong_z": rounded(accuracy(self.target, wrong, data)),
+            "right_z": self.test_z(self.z, self.trained),
+            "wrong_z": self.test_z(self.z.roll(1, 0), self.trained),
         }
 
 
@@ -212,7 +192,8 @@ def run_experiment(
         report: told each stage as it ends, in one line.
 
     Returns:
-        A dict ready for JSON. `arms[arm]["test"]` has one accuracy a held-out task, in the order of `held_out`.
+        A dict ready for JSON. `arms[arm]["test"]` has one accuracy a held-out task, in the order of `held_out`;
+        `few[size][arm]` the same, fitted to `size` images a class.
     """
     began = time.perf_counter()
     bench = Bench(setup, images, seed, fold)
@@ -221,12 +202,11 @@ def run_experiment(
     seconds = time.perf_counter() - began
     report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {fmean(trained['right_z']):.3f}")
     before, size = fingerprint(bench.generator), sum(each.numel() for each in bench.generator.parameters())
-    arms = {arm: best_rate(bench, arm, report) for arm in ADAPTED}
-    frozen_proof = {"sha256_before": before, "sha256_after": fingerprint(bench.generator)}
-    arms["no_adaptation"] = {"test": bench.no_adaptation()}
-    if setup.unfrozen:
-        arms["unfrozen"] = {"test": bench.adapt_unfrozen(bench.held_out[: setup.unfrozen])}
-        report(f"unfrozen: {fmean(arms['unfrozen']['test']):.3f}")
+    arms = measure_arms(bench, report)
+    fitted = bench.fit_z(bench.generator, arms["z_only"]["rate"], bench.data(bench.held_out))  # (T, z_dim)
+    arms["other_z"] = {"test": bench.test_z(fitted.roll(1, 0))}
+    few = {str(count): _few_images(bench, count, report) for count in setup.sizes}
+    frozen_proof = {"sha256_before": before, "sha256_after": fingerprint(bench.generator), "seconds": round(seconds, 1)}
     return {
         "setup": setup.name,
         "experiment": setup.experiment,
@@ -235,28 +215,54 @@ def run_experiment(
         "settings": asdict(setup),
         "held_out": bench.held_out,
         "arms": arms,
+        "few": few,
         "trained": trained,
+        "geometry": measure_geometry(bench, fitted),
         "generator": frozen_proof,
         "history": history.rows,
         "parameters": {"target": bench.spec.size, "z": setup.z_dim, "generator": size},
+        "tasks": {"trained": len(bench.training_tasks()), "held_out": len(bench.held_out)},
         "seconds": round(time.perf_counter() - began, 1),
         **provenance(images, bench.generator.head_bias.device),
     }
 
 
-def best_rate(bench: Bench, arm: str, report: Callable[[str], None] = print) -> dict:
+def measure_arms(bench: Bench, report: Callable[[str], None] = print) -> dict[str, dict]:
+    """Every arm of the set-up on the held-out tasks, with all training images."""
+    arms = {arm: best_rate(bench, arm, report) for arm in bench.setup.rates}
+    arms["no_adaptation"] = {"test": bench.no_adaptation()}
+    if bench.setup.unfrozen:
+        arms["unfrozen"] = {"test": bench.adapt_unfrozen(bench.held_out[: bench.setup.unfrozen])}
+        report(f"unfrozen: {fmean(arms['unfrozen']['test']):.3f}")
+    return arms
+
+
+def _few_images(bench: Bench, count: int, report: Callable[[str], None]) -> dict[str, dict]:
+    """The arms of the few-image curve, with `count` training images of each class."""
+    report(f"{count} images a class:")
+    return {arm: best_rate(bench, arm, report, rates, count) for arm, rates in bench.setup.few_rates.items()}
+
+
+def best_rate(
+    bench: Bench, arm: str, report: Callable[[str], None] = print, rates: tuple[float, ...] | None = None,
+    per_class: int | None = None,
+) -> dict:  # fmt: skip
     """Adapt at each of the arm's learning rates; keep the one that is best on validation images.
+
+    Args:
+        rates: by default the set-up's for this arm.
+        per_class: training images of each class; None for all.
 
     Returns:
         Its "rate", "validation" accuracy and "test" accuracies, one a held-out task; and what was "tried".
     """
-    data, tried, best = bench.data(bench.held_out), [], None
-    for rate in bench.setup.rates[arm]:
+    data, tried, best = bench.data(bench.held_out, per_class), [], None
+    for rate in rates or bench.setup.rates[arm]:
         weights = bench.adapt(arm, rate, data)
         validation = round(accuracy(bench.target, weights, data, "validation").mean().item(), 4)
         tried.append({"rate": rate, "validation": validation})
         if best is None or validation > best["validation"]:
             best, best_weights = tried[-1], weights
-    test = rounded(accuracy(bench.target, best_weights, data))  # test images are met once, by the chosen rate
+    test = bench.test(best_weights)  # test images are met once, by the chosen rate
     report(f"{arm}: {fmean(test):.3f} at rate {best['rate']:g}")
     return {**best, "test": test, "tried": tried}

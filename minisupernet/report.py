@@ -1,33 +1,54 @@
 """Tables and figures of the recorded experiments, drawn from the runs in `results/` and from nothing else."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
-from minisupernet.plots import ladder, table
+from minisupernet.plots import COLOURS, ladder, new_figure, table
 from minisupernet.results import Interval, ResultError, difference, interval, task_means
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
     from matplotlib.figure import Figure
 
-__all__ = ["ARM_NAMES", "arms_table", "compare", "cost_table", "differences_table", "recorded_ladder", "verdict"]
+__all__ = [
+    "ARM_NAMES", "aims_table", "arms_table", "compare", "cost_table", "differences_table", "few_images", "few_table",
+    "recorded_ladder", "recorded_walk", "setups_in", "verdict",
+]  # fmt: skip
 
 ARM_NAMES = {
     "z_only": "z only, generator frozen",
     "random_generator": "z only, random generator",
+    "other_z": "z of another new task",
     "no_adaptation": "no adaptation",
+    "one_network": "one network for all tasks",
+    "last_layer": "last layer alone",
+    "biases": "biases alone",
     "from_scratch": "from scratch",
     "fine_tuned": "fine-tuned",
     "unfrozen": "z and generator, as coded",
     "right_z": "trained tasks, right z",
     "wrong_z": "trained tasks, wrong z",
 }
-SETUPS = ("original", "better")
+SETUP_NAMES = {
+    "original": "original set-up", "better": "better generator", "many_tasks": "many tasks",
+    "unseen_pairs": "many tasks, unseen pairs",
+}  # fmt: skip
+CURVES = ("z_only", "fine_tuned", "from_scratch")
+ALL_IMAGES = 450  # of each class of CIFAR-100, 50 being kept for validation
+AIMS = (  # images of each class, the arm that z only is held against, by how much it may not fall short
+    (20, "from_scratch", 0.08), (20, "fine_tuned", 0.0), (None, "from_scratch", 0.0), (None, "fine_tuned", -0.01),
+)  # fmt: skip
 
 
-def compare(runs: Sequence[dict], setup: str, first: str, second: str) -> Interval:
+def setups_in(runs: Sequence[dict]) -> list[str]:
+    """The set-ups that these runs were made with, in the order in which the course meets them."""
+    return [name for name in SETUP_NAMES if any(run["setup"] == name for run in runs)]
+
+
+def compare(runs: Sequence[dict], setup: str, first: str, second: str, size: int | None = None) -> Interval:
     """The paired difference in test accuracy, first arm minus second, over the tasks that both measured."""
-    return difference(task_means(runs, setup, first), task_means(runs, setup, second))
+    return difference(task_means(runs, setup, first, size), task_means(runs, setup, second, size))
 
 
 def verdict(found: Interval) -> str:
@@ -36,24 +57,28 @@ def verdict(found: Interval) -> str:
 
 
 def cost_table(runs: Sequence[dict]) -> "Markdown":
-    """What was run: for each set-up its seeds, held-out tasks, sizes, time and machine."""
+    """What was run: for each set-up its runs (a seed and a fold each), held-out tasks, sizes, time and machine."""
     rows = []
-    for name in SETUPS:
+    for name in setups_in(runs):
         mine = [run for run in runs if run["setup"] == name]
         tasks = {task for run in mine for task in run["held_out"]}
         minutes = sum(run["seconds"] for run in mine) / len(mine) / 60
         size = mine[0]["parameters"]
         devices = ", ".join(sorted({run["device"] for run in mine}))
-        rows.append([name, len(mine), len(tasks), size["z"], f"{size['generator']:,}", f"{minutes:.0f}", devices])
+        rows.append(
+            [SETUP_NAMES[name], len(mine), len(tasks), size["z"], f"{size['generator']:,}", f"{minutes:.0f}", devices]
+        )
     return table(
-        ["set-up", "seeds", "held-out tasks", "numbers in z", "in the generator", "minutes a seed", "run on"], rows
+        ["set-up", "runs", "held-out tasks", "numbers in z", "in the generator", "minutes a run", "run on"], rows
     )
 
 
 def arms_table(runs: Sequence[dict]) -> "Markdown":
-    """Mean test accuracy of every arm with its 95 % interval over tasks, for both set-ups."""
-    rows = [[label, *(_cell(runs, setup, arm) for setup in SETUPS)] for arm, label in ARM_NAMES.items()]
-    return table(["test accuracy in %, mean (95 % interval)", "original set-up", "better generator"], rows)
+    """Mean test accuracy of every arm with its 95 % interval over tasks, for every set-up."""
+    names = setups_in(runs)
+    rows = [[label, *(_cell(runs, name, arm) for name in names)] for arm, label in ARM_NAMES.items()]
+    header = ["test accuracy in %, mean (95 % interval)", *(SETUP_NAMES[name] for name in names)]
+    return table(header, [row for row in rows if set(row[1:]) != {"not run"}])
 
 
 def _cell(runs: Sequence[dict], setup: str, arm: str) -> str:
@@ -66,19 +91,88 @@ def _cell(runs: Sequence[dict], setup: str, arm: str) -> str:
 
 def differences_table(runs: Sequence[dict]) -> "Markdown":
     """What z alone reaches against each control, paired by task; and the right z against the wrong one."""
-    controls = ("random_generator", "no_adaptation", "from_scratch", "fine_tuned")
+    controls = [arm for arm in ARM_NAMES if arm not in ("z_only", "unfrozen", "right_z", "wrong_z")]
     rows = []
-    for setup in SETUPS:
+    for setup in setups_in(runs):
         for first, second in [*(("z_only", arm) for arm in controls), ("right_z", "wrong_z")]:
-            found = compare(runs, setup, first, second)
+            try:
+                found = compare(runs, setup, first, second)
+            except ResultError:
+                continue
             words = f"{ARM_NAMES[first]} − {ARM_NAMES[second]}"
-            rows.append([setup, words, found.percent(), found.n, verdict(found)])
+            rows.append([SETUP_NAMES[setup], words, found.percent(), found.n, verdict(found)])
     return table(["set-up", "difference in points", "mean (95 % interval)", "tasks", "the first is"], rows)
 
 
 def recorded_ladder(runs: Sequence[dict], setup: str) -> "Figure":
     """The ladder of one set-up: every held-out task, means and intervals."""
-    order = ("z_only", "random_generator", "no_adaptation", "from_scratch", "fine_tuned")
-    values = {ARM_NAMES[arm]: list(task_means(runs, setup, arm).values()) for arm in order}
+    order = [arm for arm in ARM_NAMES if arm not in ("unfrozen", "right_z", "wrong_z")]
+    values = {}
+    for arm in order:
+        try:
+            values[ARM_NAMES[arm]] = list(task_means(runs, setup, arm).values())
+        except ResultError:
+            continue
     data = " and ".join(sorted({run["data"]["name"].upper().replace("CIFAR", "CIFAR-") for run in runs}))
-    return ladder(values, f"test accuracy (%), {setup} set-up, {data}")
+    return ladder(values, f"test accuracy (%), {SETUP_NAMES[setup]}, {data}")
+
+
+def _sizes(runs: Sequence[dict], setup: str) -> list[int | None]:
+    """How many images of each class the recorded runs adapted to; None stands for all."""
+    return [*sorted({int(size) for run in runs if run["setup"] == setup for size in run.get("few", {})}), None]
+
+
+def few_images(runs: Sequence[dict], setups: Sequence[str]) -> "Figure":
+    """Test accuracy against the number of images of each class that an arm is fitted to, with 95 % bands over tasks."""
+    figure, panels = new_figure(1, len(setups), width=3.6 * len(setups) + 0.4)
+    for axes, setup in zip([panels] if len(setups) == 1 else panels, setups, strict=True):
+        for arm, colour in zip(CURVES, COLOURS, strict=False):
+            found = [interval(list(task_means(runs, setup, arm, size).values())) for size in _sizes(runs, setup)]
+            sizes = [size or ALL_IMAGES for size in _sizes(runs, setup)]
+            low, mean, high = ([100 * getattr(each, name) for each in found] for name in ("low", "mean", "high"))
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(sizes, mean, marker="o", color=colour, label=ARM_NAMES[arm])
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, sizes)
+        axes.minorticks_off()
+        axes.set(title=SETUP_NAMES[setup], xlabel="training images of each class", ylabel="test accuracy (%)")
+    axes.legend()
+    return figure
+
+
+def few_table(runs: Sequence[dict], setup: str) -> "Markdown":
+    """z alone against fine-tuning and training from scratch, at every number of images, paired by task."""
+    rows = []
+    for size in _sizes(runs, setup):
+        found = [compare(runs, setup, "z_only", arm, size) for arm in ("from_scratch", "fine_tuned")]
+        means = [f"{100 * interval(list(task_means(runs, setup, arm, size).values())).mean:.1f}" for arm in CURVES]
+        rows.append([size or ALL_IMAGES, *means, *(each.percent() for each in found)])
+    names = [ARM_NAMES[arm] for arm in CURVES]
+    return table(["images of a class", *names, "z only − from scratch", "z only − fine-tuned"], rows)
+
+
+def aims_table(runs: Sequence[dict], setup: str) -> "Markdown":
+    """What the course set out to show for z alone, and whether the interval of the difference allows to say so."""
+    rows = []
+    for size, arm, least in AIMS:
+        found = compare(runs, setup, "z_only", arm, size)
+        said = "holds" if found.low >= least else "does not hold" if found.high < least else "open"
+        aim = f"z only − {ARM_NAMES[arm]} at least {100 * least:+.0f}"
+        rows.append([f"{size or ALL_IMAGES} images of a class", aim, found.percent(), said])
+    return table(["fitted to", "aim, in points", "measured, mean (95 % interval)", "the aim"], rows)
+
+
+def recorded_walk(runs: Sequence[dict], setup: str) -> "Figure":
+    """Accuracy along straight lines between two tasks' vectors, a mean over tasks; one thin line a run."""
+    figure, axes = new_figure(width=5.5, height=3.0)
+    walks = [run["geometry"]["line"] for run in runs if run["setup"] == setup]
+    for end, name, colour in zip(("start", "end"), ("where it starts", "where it ends"), COLOURS, strict=False):
+        values = [[100 * share for share in walk[end]] for walk in walks]
+        places = [step / (len(values[0]) - 1) for step in range(len(values[0]))]
+        for each in values:
+            axes.plot(places, each, color=colour, linewidth=0.7, alpha=0.4)
+        axes.plot(places, [fmean(column) for column in zip(*values, strict=True)], color=colour, label=f"task {name}")
+    axes.axhline(50, color=COLOURS[-1], linestyle="--", linewidth=1)
+    axes.set(xlabel="place on the line between the two task vectors", ylabel="test accuracy (%)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure

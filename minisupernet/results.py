@@ -120,7 +120,7 @@ def load_runs(path: str | Path) -> list[dict]:
     except FileNotFoundError as error:
         commands = "`python -m minisupernet experiment` or `study`"
         raise ResultError(f"there is no {path}; record it with {commands}.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"{path} cannot be read as JSON ({error}); restore it or record it anew.") from error
     runs = document.get("runs") if isinstance(document, dict) else None
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
@@ -147,27 +147,38 @@ def results_file(name: str) -> Path:
     return in_repository if in_repository.exists() else here / "recorded" / name
 
 
-def task_means(runs: Sequence[dict], setup: str, arm: str) -> dict[int, float]:
+def task_means(runs: Sequence[dict], setup: str, arm: str, size: int | None = None) -> dict[int, float]:
     """Test accuracy of each task under one arm, a mean over the runs that measured it: {task number: accuracy}.
+
+    Where both orientations of a pair are held out they count as one task, numbered as the first: they share images, and
+    an interval over them as if they were two would be too narrow.
 
     Args:
         runs: as `load_runs` gives them, of one experiment.
-        setup: "original" or "better".
+        setup: the name of a set-up, such as "original".
         arm: a key of a run's "arms" (held-out tasks), or "right_z" or "wrong_z" (trained tasks).
+        size: training images of each class, for the arms measured with few; None for all.
 
     Raises:
         ResultError: where no run has it.
     """
     found: dict[int, list[float]] = {}
     for run in runs:
-        if run["setup"] == setup and arm in {**run["arms"], **run["trained"]}:
-            values = run["arms"][arm]["test"] if arm in run["arms"] else run["trained"][arm]
-            numbers = run["held_out"] if arm in run["arms"] else _trained_tasks(run)
+        arms = run["arms"] if size is None else run.get("few", {}).get(str(size), {})
+        if run["setup"] == setup and arm in {**arms, **(run["trained"] if size is None else {})}:
+            values = arms[arm]["test"] if arm in arms else run["trained"][arm]
+            numbers = run["held_out"] if arm in arms else _trained_tasks(run)
             for number, value in zip(numbers, values, strict=False):  # the unfrozen arm stops after a few tasks
-                found.setdefault(number, []).append(value)
+                found.setdefault(_one_of_a_pair(number, run), []).append(value)
     if not found:
-        raise ResultError(f"no recorded run has the arm '{arm}' under the set-up '{setup}'.")
+        images = "" if size is None else f" with {size} images a class"
+        raise ResultError(f"no recorded run has the arm '{arm}'{images} under the set-up '{setup}'.")
     return {number: sum(values) / len(values) for number, values in sorted(found.items())}
+
+
+def _one_of_a_pair(number: int, run: dict) -> int:
+    half = (len(run["held_out"]) + len(run["trained"]["right_z"])) // 2
+    return number % half if run["settings"].get("pairs") else number
 
 
 def difference(first: dict[int, float], second: dict[int, float]) -> Interval:

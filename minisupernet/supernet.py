@@ -5,20 +5,18 @@ A new task gets a new network by fitting z alone (`fit_z`), with phi frozen.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minisupernet.optimizers import TensorFlowRMSprop
+from minisupernet.fitting import Fit, accuracy, fit_alone, minimise
 from minisupernet.target import WeightSpec, run_tasks
-from minisupernet.tasks import TaskImages
-from minisupernet.training import History, constant, frozen, one_cycle, step_generator, train
+from minisupernet.tasks import BinaryTasks, TaskImages
+from minisupernet.training import History, frozen, step_generator
 
-__all__ = ["Fit", "GeneratorError", "SuperNet", "accuracy", "fit_weights", "fit_z", "train_generator"]
+__all__ = ["ClassVectors", "GeneratorError", "SuperNet", "TaskVectors", "fit_z", "train_generator"]
 
 Weights = dict[str, Tensor]
 
@@ -123,37 +121,35 @@ class SuperNet(nn.Module):
             raise GeneratorError(f"one-hot z must be whole numbers (T,) from 0 to {self.z_dim - 1}.")
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a network, a z or a generator is fitted; the same for every arm of an experiment but for the rate.
+class TaskVectors(nn.Module):
+    """One learned vector for each of T tasks, (T, z_dim), random at the start, of length about 1."""
 
-    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights, `z_rate` of task vectors;
-    `optimizer` "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle schedule, else a constant rate.
+    def __init__(self, tasks: int, z_dim: int, seed: int = 0) -> None:
+        super().__init__()
+        self.z = nn.Parameter(torch.randn(tasks, z_dim, generator=step_generator(seed, -1)) / math.sqrt(z_dim))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The vectors of the tasks with these numbers, (M,) -> (M, z_dim)."""
+        return self.z[numbers]
+
+
+class ClassVectors(nn.Module):
+    """One learned vector u for each class; the task "a or b" has z = u_a - u_b, of length about 1 at the start.
+
+    Any number of tasks share these vectors, and the reversed task "b or a" has -z.
     """
 
-    steps: int
-    rate: float = 1e-3
-    z_rate: float = 1e-2
-    images: int = 20
-    tasks: int | None = None
-    seed: int = 0
-    optimizer: str = "adamw"
-    decay: float = 1e-2
-    cycle: bool = True
-    every: int = 100
+    def __init__(self, tasks: BinaryTasks, z_dim: int, seed: int = 0) -> None:
+        super().__init__()
+        classes = max(*tasks.positive, *tasks.negative) + 1
+        random = torch.randn(classes, z_dim, generator=step_generator(seed, -1))
+        self.u = nn.Parameter(random / math.sqrt(2 * z_dim))
+        self.register_buffer("pairs", torch.tensor([tasks.positive, tasks.negative]), persistent=False)  # (2, T)
 
-    def make_optimizer(self, weights: list[Tensor], z: list[Tensor]) -> torch.optim.Optimizer:
-        """An optimiser over weights, with weight decay, and task vectors, without it, each with its own rate."""
-        groups = [
-            {"params": weights, "lr": self.rate, "weight_decay": self.decay},
-            {"params": z, "lr": self.z_rate, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(groups, fused=True)
-        if self.optimizer == "tensorflow-rmsprop":
-            return TensorFlowRMSprop([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups])
-        raise GeneratorError(f"there is no optimiser '{self.optimizer}'; choose 'adamw' or 'tensorflow-rmsprop'.")
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The vectors of the tasks with these numbers, (M,) -> (M, z_dim)."""
+        positive, negative = self.pairs[:, numbers]
+        return self.u[positive] - self.u[negative]
 
 
 def train_generator(
@@ -161,38 +157,45 @@ def train_generator(
     target: nn.Module,
     data: TaskImages,
     fit: Fit,
+    vectors: nn.Module | None = None,
     *,
     one_hot: bool = False,
+    watch: TaskImages | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[Tensor, History]:
     """Train a generator, in place, and a task vector for each of its T tasks: min over phi and z of the mean loss.
 
     Args:
-        one_hot: give task t the t-th unit vector, as the original does, not a learned z (random at the start, of
-            length about 1).
+        vectors: task numbers (M,) to task vectors (M, z_dim), trained too; by default `TaskVectors`.
+        one_hot: give task t the t-th unit vector, as the original does, and learn none.
+        watch: the tasks whose validation accuracy is measured, which must be the first of `data`'s; None for all.
         checkpoint: a safetensors file to go on from after a kill.
 
     Returns:
         The task vectors (T, z_dim) and the History, with the mean validation accuracy.
     """
-    device, tasks = generator.head_bias.device, len(data.tasks)
+    device, watch = generator.head_bias.device, watch or data
+    state = nn.ModuleDict({"generator": generator})
     if one_hot:
-        z, state = torch.eye(generator.z_dim, device=device)[:tasks], nn.ModuleDict({"generator": generator})
+        unit = torch.eye(generator.z_dim, device=device)
+        vectors = unit.__getitem__
     else:
-        random = torch.randn(tasks, generator.z_dim, generator=step_generator(fit.seed, -1))
-        z = nn.Parameter(random.to(device) / math.sqrt(generator.z_dim))  # of length about 1
-        state = nn.ModuleDict({"generator": generator, "task_vectors": nn.ParameterDict({"z": z})})
+        vectors = (vectors or TaskVectors(len(data.tasks), generator.z_dim, fit.seed)).to(device)
+        state["task_vectors"] = vectors
 
     def loss_at(step: int) -> Tensor:
         numbers, images, labels = data.batch(step, fit.seed, fit.images, fit.tasks)  # (M,), (M, B, 3, 32, 32), (M, B)
-        weights = generator(numbers if one_hot else z[numbers])
+        weights = generator(numbers if one_hot else vectors(numbers))
         return F.binary_cross_entropy_with_logits(run_tasks(target, weights, images), labels)
 
-    optimizer = fit.make_optimizer(list(generator.parameters()), [] if one_hot else [z])
-    history = _train(
-        state, optimizer, loss_at, fit, lambda: accuracy(target, generator(z), data, "validation"), checkpoint
-    )
-    return z.detach(), history
+    def vectors_of(tasks: TaskImages) -> Tensor:
+        return vectors(torch.arange(len(tasks.tasks), device=device))
+
+    learned = [] if one_hot else list(vectors.parameters())
+    optimizer = fit.make_optimizer(list(generator.parameters()), learned)
+    measure = lambda: accuracy(target, generator(vectors_of(watch)), watch, "validation")  # noqa: E731
+    history = minimise(state, optimizer, loss_at, fit, measure, checkpoint)
+    return vectors_of(data).detach(), history
 
 
 def fit_z(
@@ -212,59 +215,7 @@ def fit_z(
     z = nn.Parameter(start.expand(len(data.tasks), generator.z_dim).clone())
     if not freeze:
         state = nn.ModuleDict({"generator": generator, "task_vectors": nn.ParameterDict({"z": z})})
-        return z.detach(), _fit_alone(state, lambda: generator(z), list(generator.parameters()), [z], target, data, fit)
+        return z.detach(), fit_alone(state, lambda: generator(z), list(generator.parameters()), [z], target, data, fit)
     with frozen(generator):
-        history = _fit_alone(nn.ParameterDict({"z": z}), lambda: generator(z), [], [z], target, data, fit)
+        history = fit_alone(nn.ParameterDict({"z": z}), lambda: generator(z), [], [z], target, data, fit)
     return z.detach(), history
-
-
-def fit_weights(
-    spec: WeightSpec, target: nn.Module, data: TaskImages, fit: Fit, start: Tensor
-) -> tuple[Tensor, History]:
-    """Fit all P weights of one ordinary network for each task: fine-tuning or training from scratch, as `start` says.
-
-    Args:
-        start: the weights to begin from, (P,) for all tasks or (T, P).
-
-    Returns:
-        The weights (T, P) and the History.
-    """
-    flat = nn.Parameter(start.expand(len(data.tasks), spec.size).clone())
-    state = nn.ParameterDict({"weights": flat})
-    return flat.detach(), _fit_alone(state, lambda: spec.split(flat), [flat], [], target, data, fit)
-
-
-@torch.no_grad()
-def accuracy(target: nn.Module, weights: Weights, data: TaskImages, split: str = "test") -> Tensor:
-    """The share of each task's "test" or "validation" images that its network gets right, (T,); chance is 0.5."""
-    right = count = 0
-    for images, labels, real in data.chunks(split):
-        guesses = (run_tasks(target, weights, images) > 0).float()  # (T, b)
-        right, count = right + ((guesses == labels) & real).sum(1), count + real.sum(1)
-    return right / count
-
-
-def _fit_alone(state, make_weights, weights, z, target, data, fit) -> History:
-    """Fit T networks side by side, none knowing of the others."""
-
-    def loss_at(step: int) -> Tensor:
-        _, images, labels = data.batch(step, fit.seed, fit.images)  # (T, B, ...), (T, B)
-        logits = run_tasks(target, make_weights(), images)
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
-
-    return _train(
-        state,
-        fit.make_optimizer(weights, z),
-        loss_at,
-        fit,
-        lambda: accuracy(target, make_weights(), data, "validation"),
-    )
-
-
-def _train(
-    state, optimizer, loss_at, fit: Fit, measure: Callable[[], Tensor], checkpoint: Path | None = None
-) -> History:
-    return train(
-        state, optimizer, loss_at, fit.steps, schedule=one_cycle if fit.cycle else constant, every=fit.every,
-        evaluate=lambda: {"validation_accuracy": measure().mean().item()}, checkpoint=checkpoint,
-    )  # fmt: skip

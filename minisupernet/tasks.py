@@ -6,6 +6,7 @@ then the same questions with the labels reversed, so that no single network can 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.training import step_generator
 
-__all__ = ["BinaryTasks", "TaskError", "Split", "TaskImages", "experiment_1", "experiment_2", "hold_out"]
+__all__ = ["BinaryTasks", "TaskError", "Split", "TaskImages", "all_pairs", "experiment_1", "experiment_2", "hold_out"]
 
 
 class TaskError(ValueError):
@@ -33,6 +34,9 @@ class BinaryTasks:
     def select(self, numbers: list[int]) -> "BinaryTasks":
         """The tasks with these numbers, in this order."""
         return BinaryTasks(tuple(self.positive[n] for n in numbers), tuple(self.negative[n] for n in numbers))
+
+    def __add__(self, others: "BinaryTasks") -> "BinaryTasks":
+        return BinaryTasks(self.positive + others.positive, self.negative + others.negative)
 
     def name(self, number: int, class_names: tuple[str, ...]) -> str:
         """For reading: "beaver or woman"; the class with label 1 comes first."""
@@ -54,6 +58,13 @@ def experiment_2(classes: int = 100) -> BinaryTasks:
     half = classes // 2
     first, second = tuple(range(half)), tuple(range(half, 2 * half))
     return BinaryTasks(first + second, second + first)
+
+
+def all_pairs(tasks: BinaryTasks, but: BinaryTasks) -> BinaryTasks:
+    """Every other question about the classes of `tasks`, "a or b?" in both orders, those of `but` left out."""
+    known = {*zip(tasks.positive, tasks.negative, strict=True), *zip(but.positive, but.negative, strict=True)}
+    pairs = [pair for pair in permutations(sorted({*tasks.positive, *tasks.negative}), 2) if pair not in known]
+    return BinaryTasks(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
 
 
 def hold_out(experiment: int, fold: int, folds: int = 5, classes: int = 100, pairs: bool = False) -> tuple[list, list]:

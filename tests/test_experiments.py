@@ -9,9 +9,10 @@ import torch
 
 from minisupernet import experiments
 from minisupernet.__main__ import main
-from minisupernet.experiments import ADAPTED, Bench, better, original, run_experiment, unseen_pairs
+from minisupernet.experiments import ADAPTED, Bench, run_experiment
+from minisupernet.fitting import Fit
 from minisupernet.results import fingerprint, load_runs
-from minisupernet.supernet import Fit
+from minisupernet.setups import SETUPS, SetupError, better, many_tasks, original, unseen_pairs
 
 
 def short(setup, unfrozen=0):
@@ -19,7 +20,11 @@ def short(setup, unfrozen=0):
     training = dataclasses.replace(setup.training, steps=6, tasks=min(setup.training.tasks, 3), images=4, every=3)
     adaptation = dataclasses.replace(setup.adaptation, steps=3, images=4)
     z_dim = 20 if setup.faithful else 4
-    return dataclasses.replace(setup, training=training, adaptation=adaptation, z_dim=z_dim, unfrozen=unfrozen)
+    rates, few_rates = ({arm: each[:1] for arm, each in every.items()} for every in (setup.rates, setup.few_rates))
+    return dataclasses.replace(
+        setup, training=training, adaptation=adaptation, z_dim=z_dim, unfrozen=unfrozen, sizes=setup.sizes[:1],
+        rates=rates, few_rates=few_rates,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def many_squares():
 def test_every_arm_is_measured_on_the_held_out_tasks(make, experiment, many_squares):
     run = run_experiment(short(make(experiment, "quick"), unfrozen=1), many_squares, seed=1, report=lambda line: None)
     held = len(run["held_out"])
-    assert set(run["arms"]) == {*ADAPTED, "no_adaptation", "unfrozen"}
+    assert set(run["arms"]) == {*ADAPTED, "no_adaptation", "other_z", "unfrozen"}
     for arm in (*ADAPTED, "no_adaptation"):
         assert len(run["arms"][arm]["test"]) == held
     assert len(run["arms"]["unfrozen"]["test"]) == 1
@@ -51,8 +56,44 @@ def test_unseen_pairs_are_trained_in_neither_orientation(many_squares):
     met = {frozenset((tasks.positive[n], tasks.negative[n])) for n in bench.trained}
     asked = [frozenset((tasks.positive[n], tasks.negative[n])) for n in bench.held_out]
     assert not met & set(asked) and len(asked) == 2 * len(set(asked)) > 0
-    with pytest.raises(experiments.GeneratorError, match="only experiment 2"):
+    with pytest.raises(SetupError, match="only experiment 2"):
         unseen_pairs(1)
+
+
+@pytest.mark.parametrize(("make", "experiment"), [(many_tasks, 1), (many_tasks, 2), (unseen_pairs, 2)])
+def test_the_whole_ladder_the_few_images_and_the_geometry(make, experiment, many_squares):
+    run = run_experiment(short(make(experiment)), many_squares, report=lambda line: None)
+    held = len(run["held_out"])
+    fitted = {*ADAPTED, "last_layer", "biases", "one_network"}
+    assert set(run["arms"]) == {*fitted, "no_adaptation", "other_z"}
+    assert all(len(arm["test"]) == held for arm in run["arms"].values())
+    assert set(run["few"]) == {"5"} and set(run["few"]["5"]) == {"z_only", "fine_tuned", "from_scratch"}
+    assert run["tasks"]["trained"] > len(run["trained"]["right_z"])
+    geometry = run["geometry"]
+    assert set(geometry["accuracy_in_few_directions"]) == {"0", "1", "2", "4"}
+    assert geometry["accuracy_in_few_directions"]["4"] == pytest.approx(sum(run["trained"]["right_z"]) / (
+        len(run["trained"]["right_z"])), abs=2e-4)  # fmt: skip
+    assert len(geometry["line"]["start"]) == len(geometry["line"]["end"]) == 11
+    if experiment == 2:
+        assert geometry["twins"] == pytest.approx(-1, abs=1e-4)  # class vectors mirror a reversed task
+        assert ("mirrored_z" in geometry) == (make is many_tasks)
+    json.dumps(run)
+
+
+def test_few_images_are_the_first_of_each_class(many_squares):
+    bench = Bench(short(many_tasks(2)), many_squares)
+    few, every = bench.data(bench.held_out, 2), bench.data(bench.held_out)
+    assert (few.splits["train"].counts <= 2).all() and (every.splits["train"].counts > 2).any()
+    assert torch.equal(few.splits["train"].members, every.splits["train"].members[:, :2])
+    assert torch.equal(few.splits["validation"].members, every.splits["validation"].members)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_setup_that_does_not_exist_is_refused(name):
+    with pytest.raises(SetupError, match="no profile 'tiny'; use 'quick' or 'full'"):
+        SETUPS[name](2, "tiny")
+    with pytest.raises(SetupError, match="no experiment 3|only experiment 2"):
+        SETUPS[name](3)
 
 
 def test_a_run_repeats_itself(many_squares):
@@ -66,6 +107,7 @@ def test_the_rate_is_chosen_on_validation_images(many_squares, monkeypatch):
     scores = {("validation", 3e-2): 0.6, ("validation", 1e-1): 0.8, ("validation", 3e-1): 0.7}
     scores |= {("test", 3e-2): 0.9, ("test", 1e-1): 0.5, ("test", 3e-1): 0.6}
     bench = Bench(short(better(2)), many_squares)
+    object.__setattr__(bench.setup, "rates", better(2).rates)
     monkeypatch.setattr(bench, "adapt", lambda arm, rate, data: rate)
     monkeypatch.setattr(experiments, "accuracy", lambda t, rate, d, split="test": torch.tensor([scores[split, rate]]))
     best = experiments.best_rate(bench, "z_only", lambda line: None)
@@ -121,29 +163,24 @@ def squares_file(tmp_path, many_squares):
 
 
 def test_the_command_records_a_run_for_each_seed(tmp_path, squares_file, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "better", lambda experiment, profile: short(better(experiment, profile)))
+    monkeypatch.setitem(SETUPS, "many_tasks", lambda experiment, profile: short(many_tasks(experiment, profile)))
     out = tmp_path / "results" / "experiment.json"
-    command = [
-        "experiment",
-        "2",
-        "--profile",
-        "quick",
-        "--data",
-        str(squares_file),
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
+    place = ["--data", str(squares_file), "--device", "cpu", "--out", str(out)]
+    command = ["experiment", "2", "--profile", "quick", *place]
     assert main([*command, "--seeds", "0", "1"]) == 0
     assert main([*command, "--seeds", "1"]) == 0
-    assert [run["seed"] for run in load_runs(out)] == [0, 1]
+    assert main([*command, "--seeds", "1", "--folds", "1", "3"]) == 0
+    assert [(run["seed"], run["fold"]) for run in load_runs(out)] == [(0, 0), (1, 1), (1, 3)]
     assert "recorded in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [(["--data", "cifar1000"], "cifar1000"), (["--device", "tpu"], "device 'tpu' is not available here")],
+    [
+        (["--setup", "best"], "no set-up 'best'; use one of original, better, many_tasks, unseen_pairs"),
+        (["--data", "cifar1000"], "cifar1000"),
+        (["--device", "tpu"], "device 'tpu' is not available here"),
+    ],
 )
 def test_the_command_refuses_in_one_line(option, message, squares_file, capsys):
     base = {"--data": str(squares_file), "--device": "cpu"} | {option[0]: option[1]}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from minisupernet.fitting import Fit, FitError, accuracy, fit_shared, fit_weights
 from minisupernet.results import fingerprint
-from minisupernet.supernet import Fit, GeneratorError, SuperNet, accuracy, fit_weights, fit_z, train_generator
+from minisupernet.supernet import ClassVectors, GeneratorError, SuperNet, fit_z, train_generator
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
-from minisupernet.tasks import BinaryTasks, TaskImages, experiment_2
+from minisupernet.tasks import BinaryTasks, TaskImages, all_pairs, experiment_2
 
 TARGET = TaskClassifier()
 SPEC = WeightSpec.of(TARGET)
@@ -105,7 +106,7 @@ def test_wrong_settings_are_refused(wrong):
 
 
 def test_an_unknown_optimiser_is_refused():
-    with pytest.raises(GeneratorError, match="there is no optimiser 'adam'; choose 'adamw' or 'tensorflow-rmsprop'"):
+    with pytest.raises(FitError, match="there is no optimiser 'adam'; choose 'adamw' or 'tensorflow-rmsprop'"):
         Fit(1, optimizer="adam").make_optimizer([torch.zeros(1)], [])
 
 
@@ -178,6 +179,51 @@ def test_fine_tuning_starts_where_it_is_told_and_learns(trained):
     tuned, _ = fit_weights(generator.spec, target, new, Fit(150, rate=1e-2), start)
     assert torch.equal(start, kept)
     assert accuracy(target, generator.spec.split(tuned), new)[0] > 0.9  # the other pair is two shades of one colour
+
+
+def test_only_the_named_tensors_are_fitted(trained):
+    generator, target, _, new, z, _ = trained
+    start = generator.flat(z.mean(0, keepdim=True)).detach()
+    tuned, _ = fit_weights(generator.spec, target, new, Fit(5, rate=1e-2), start, only=["output.weight", "output.bias"])
+    moved = {name: bool((part != old).any()) for (name, part), old in zip(
+        generator.spec.split(tuned).items(), generator.spec.split(start).values(), strict=True)}  # fmt: skip
+    assert moved == {"convolution.weight": False, "convolution.bias": False, "output.weight": True, "output.bias": True}
+    with pytest.raises(FitError, match=r"no weights \['head'\]; it has \['convolution.weight'"):
+        fit_weights(generator.spec, target, new, Fit(1), start, only=["head"])
+
+
+def test_one_network_cannot_serve_reversed_tasks_and_can_serve_others(squares):
+    target = Small()
+    spec = WeightSpec.of(target)
+    start = spec.draw(1, torch.Generator().manual_seed(0))[0]
+    for tasks, serves in ((experiment_2(10), False), (BinaryTasks((0, 1, 2), (9, 9, 9)), True)):
+        data = TaskImages(squares, tasks, validation=4)
+        flat, _ = fit_shared(spec, target, data, Fit(150, rate=1e-2), start)
+        reached = accuracy(target, spec.split(flat.expand(len(tasks), -1)), data).mean().item()
+        assert reached > 0.9 if serves else reached == pytest.approx(0.5, abs=1e-6)
+
+
+def test_class_vectors_make_any_task_and_its_reverse():
+    vectors = ClassVectors(BinaryTasks((0, 2, 1), (1, 1, 0)), z_dim=8, seed=3)
+    z = vectors(torch.arange(3))
+    assert z.shape == (3, 8) and torch.equal(z[0], -z[2])
+    torch.testing.assert_close(z[1], vectors.u[2] - vectors.u[1])
+    lengths = ClassVectors(experiment_2(100), 16)(torch.arange(100)).norm(dim=1)
+    assert 0.9 < lengths.mean() < 1.1
+
+
+def test_class_vectors_serve_a_task_that_was_never_trained(squares):
+    """All pairs of six classes are trained but one, whose vectors follow from those of its classes."""
+    torch.manual_seed(0)
+    target, held_out = Small(), BinaryTasks((0, 1), (1, 0))
+    pairs = all_pairs(BinaryTasks(tuple(range(6)), (5, 4, 3, 2, 1, 0)), but=held_out)
+    generator, data = SuperNet(WeightSpec.of(target), 4, hidden=(16,)), TaskImages(squares, pairs, validation=4)
+    vectors = ClassVectors(pairs, 4)
+    train_generator(generator, target, data, Fit(400, rate=3e-3, z_rate=3e-2), vectors)
+    with torch.no_grad():
+        z = torch.stack([vectors.u[0] - vectors.u[1], vectors.u[1] - vectors.u[0]])
+        reached = accuracy(target, generator(z), TaskImages(squares, held_out, validation=4))
+    assert reached.min() > 0.9
 
 
 def test_accuracy_counts_each_real_image_once(squares):

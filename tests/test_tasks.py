@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from minisupernet.tasks import BinaryTasks, TaskError, TaskImages, experiment_1, experiment_2, hold_out
+from minisupernet.tasks import BinaryTasks, TaskError, TaskImages, all_pairs, experiment_1, experiment_2, hold_out
 
 
 def test_experiment_1_has_99_tasks_against_class_100():
@@ -137,3 +137,23 @@ def test_too_few_classes():
     for make in (experiment_1, experiment_2):
         with pytest.raises(TaskError, match="at least 2 classes, this image set has 1"):
             make(1)
+
+
+def test_all_pairs_are_every_other_question_about_the_same_classes():
+    trained, held_out = BinaryTasks((0, 5, 1), (5, 0, 6)), BinaryTasks((6,), (1,))
+    others = all_pairs(trained, but=held_out)
+    asked = list(zip(others.positive, others.negative, strict=True))
+    assert len(set(asked)) == len(asked) == 4 * 3 - 3 - 1
+    assert {number for pair in asked for number in pair} == {0, 1, 5, 6}
+    assert not set(asked) & {(0, 5), (5, 0), (1, 6), (6, 1)}
+    assert len(trained + others) == 3 + 8
+
+
+@pytest.mark.parametrize(("experiment", "pairs", "classes"), [(1, False, 80), (2, False, 100), (2, True, 80)])
+def test_more_tasks_bring_no_held_out_question_and_no_unseen_class(experiment, pairs, classes):
+    tasks = (experiment_1, experiment_2)[experiment - 1]()
+    trained, held = (tasks.select(side) for side in hold_out(experiment, 0, 5, pairs=pairs))
+    more = trained + all_pairs(trained, but=held)
+    asked = set(zip(more.positive, more.negative, strict=True))
+    assert len({*more.positive, *more.negative}) == classes == len({*trained.positive, *trained.negative})
+    assert not asked & set(zip(held.positive, held.negative, strict=True))

@@ -1,0 +1,172 @@
+"""Fitting many networks side by side: how a fit is done, ordinary weights as the thing fitted, and accuracy.
+
+What is fitted differs from arm to arm of an experiment (all weights, some of them, a task vector); images, steps and
+batch order do not.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minisupernet.optimizers import TensorFlowRMSprop
+from minisupernet.target import WeightSpec, run_tasks
+from minisupernet.tasks import TaskImages
+from minisupernet.training import History, constant, one_cycle, train
+
+__all__ = ["Fit", "FitError", "accuracy", "fit_alone", "fit_shared", "fit_weights", "minimise"]
+
+Weights = dict[str, Tensor]
+
+
+class FitError(ValueError):
+    """A fit that cannot be done as asked; the message says what can."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a network, a z or a generator is fitted; the same for every arm of an experiment but for the rate.
+
+    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights, `z_rate` of task vectors;
+    `optimizer` "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle schedule, else a constant rate.
+    """
+
+    steps: int
+    rate: float = 1e-3
+    z_rate: float = 1e-2
+    images: int = 20
+    tasks: int | None = None
+    seed: int = 0
+    optimizer: str = "adamw"
+    decay: float = 1e-2
+    cycle: bool = True
+    every: int = 100
+
+    def make_optimizer(self, weights: list[Tensor], z: list[Tensor]) -> torch.optim.Optimizer:
+        """An optimiser over weights, with weight decay, and task vectors, without it, each with its own rate."""
+        groups = [
+            {"params": weights, "lr": self.rate, "weight_decay": self.decay},
+            {"params": z, "lr": self.z_rate, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, fused=True)
+        if self.optimizer == "tensorflow-rmsprop":
+            return TensorFlowRMSprop([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups])
+        raise FitError(f"there is no optimiser '{self.optimizer}'; choose 'adamw' or 'tensorflow-rmsprop'.")
+
+
+def minimise(
+    state: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_at: Callable[[int], Tensor],
+    fit: Fit,
+    measure: Callable[[], Tensor],
+    checkpoint: Path | None = None,
+) -> History:
+    """Run the training loop as `fit` says; `measure` gives the validation accuracies of a look, one a task."""
+    return train(
+        state, optimizer, loss_at, fit.steps, schedule=one_cycle if fit.cycle else constant, every=fit.every,
+        evaluate=lambda: {"validation_accuracy": measure().mean().item()}, checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def fit_alone(
+    state: nn.Module,
+    make_weights: Callable[[], Weights],
+    weights: list[Tensor],
+    z: list[Tensor],
+    target: nn.Module,
+    data: TaskImages,
+    fit: Fit,
+) -> History:
+    """Fit T networks side by side, none knowing of the others.
+
+    The loss is summed over tasks, so each task's fit is what it would be alone.
+    """
+
+    def loss_at(step: int) -> Tensor:
+        _, images, labels = data.batch(step, fit.seed, fit.images)  # (T, B, ...), (T, B)
+        logits = run_tasks(target, make_weights(), images)
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
+
+    optimizer = fit.make_optimizer(weights, z)
+    return minimise(state, optimizer, loss_at, fit, lambda: accuracy(target, make_weights(), data, "validation"))
+
+
+def fit_weights(
+    spec: WeightSpec,
+    target: nn.Module,
+    data: TaskImages,
+    fit: Fit,
+    start: Tensor,
+    only: Sequence[str] | None = None,
+) -> tuple[Tensor, History]:
+    """Fit the weights of one ordinary network for each task: fine-tuning or training from scratch, as `start` says.
+
+    Args:
+        start: the weights to begin from, (P,) for all tasks or (T, P).
+        only: names of the tensors to fit, such as the last layer's; the others stay as they start. None: all.
+
+    Returns:
+        The weights (T, P) and the History.
+
+    Raises:
+        FitError: for a name the target does not have.
+    """
+    whole = start.expand(len(data.tasks), spec.size).clone()
+    columns = _columns(spec, only).to(whole.device)
+    fitted = nn.Parameter(whole[:, columns])
+
+    def flat() -> Tensor:
+        return fitted if only is None else whole.index_copy(1, columns, fitted)
+
+    state = nn.ParameterDict({"weights": fitted})
+    history = fit_alone(state, lambda: spec.split(flat()), [fitted], [], target, data, fit)
+    return flat().detach(), history
+
+
+def _columns(spec: WeightSpec, only: Sequence[str] | None) -> Tensor:
+    """Where the tensors of these names lie among the P weights."""
+    names = [tensor.name for tensor in spec.tensors]
+    if unknown := [name for name in only or () if name not in names]:
+        raise FitError(f"the target has no weights {unknown}; it has {names}.")
+    wanted = torch.tensor([only is None or name in only for name in names])
+    return wanted.repeat_interleave(torch.tensor([tensor.size for tensor in spec.tensors])).nonzero().squeeze(1)
+
+
+def fit_shared(
+    spec: WeightSpec, target: nn.Module, data: TaskImages, fit: Fit, start: Tensor, watch: TaskImages | None = None
+) -> tuple[Tensor, History]:
+    """Train one ordinary network (P,) on all tasks at once, nothing telling it which task an image belongs to.
+
+    Args:
+        watch: the tasks whose validation accuracy is measured; None for all.
+    """
+    flat = nn.Parameter(start.clone())
+
+    def loss_at(step: int) -> Tensor:
+        _, images, labels = data.batch(step, fit.seed, fit.images, fit.tasks)  # (M, B, ...), (M, B)
+        logits = run_tasks(target, spec.split(flat.unsqueeze(0)), images.flatten(0, 1).unsqueeze(0))
+        return F.binary_cross_entropy_with_logits(logits, labels.reshape(1, -1))
+
+    def measure() -> Tensor:
+        seen = watch or data
+        return accuracy(target, spec.split(flat.expand(len(seen.tasks), -1)), seen, "validation")
+
+    state = nn.ParameterDict({"weights": flat})
+    history = minimise(state, fit.make_optimizer([flat], []), loss_at, fit, measure)
+    return flat.detach(), history
+
+
+@torch.no_grad()
+def accuracy(target: nn.Module, weights: Weights, data: TaskImages, split: str = "test") -> Tensor:
+    """The share of each task's "test" or "validation" images that its network gets right, (T,); chance is 0.5."""
+    right = count = 0
+    for images, labels, real in data.chunks(split):
+        guesses = (run_tasks(target, weights, images) > 0).float()  # (T, b)
+        right, count = right + ((guesses == labels) & real).sum(1), count + real.sum(1)
+    return right / count
