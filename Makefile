@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test notebooks lab data clean
+.PHONY: help setup book html test bench notebooks lab data clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.13] [PROFILE=quick|full] [DATA=auto|cifar100|...|mine.npz] [SEED=0]"
@@ -30,6 +30,13 @@ lab: $(READY) ## open the notebooks in JupyterLab
 
 data: $(READY) ## download CIFAR-100 and CIFAR-10
 	$(BIN)/python -m minisupernet data
+
+bench: $(READY) ## time a training step beside its peers, and rewrite the tables and the figure of it
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target _build/peers -r benchmarks/peers.txt
+	for threads in 1 2; do $(BIN)/python -W ignore benchmarks/training.py --threads $$threads \
+	    --peers _build/peers --out results/05_speed.json || exit 1; done
+	$(BIN)/python benchmarks/growth.py --out results/05_growth.json
+	$(BIN)/python benchmarks/speed_report.py
 
 notebooks: $(READY) ## run every notebook and store its outputs in place
 	$(BIN)/python -m minisupernet notebooks

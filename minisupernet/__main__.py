@@ -1,8 +1,9 @@
-"""The command line: `python -m minisupernet data | book | notebooks | experiment | study`."""
+"""The command line: `python -m minisupernet data | book | notebooks | run | sweep | experiment | study`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; an error of the package is one line and no traceback."""
     parser = argparse.ArgumentParser(prog="python -m minisupernet", description="Networks that make networks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add_command in (add_data, add_book, add_notebooks, add_experiment, add_study):
+    for add_command in (add_data, add_book, add_notebooks, add_run, add_sweep, add_experiment, add_study):
         add_command(commands)
     options = parser.parse_args(arguments)
     try:
@@ -78,6 +79,63 @@ def run_notebooks(options: argparse.Namespace) -> None:
     refresh(CHECKOUT)
 
 
+def add_run(commands: argparse._SubParsersAction) -> None:
+    """`run`: run one notebook with parameters."""
+    parser = commands.add_parser("run", help="run one notebook with parameters, into a folder of its own")
+    parser.add_argument("notebook", help="a number (5), a name (05_supernet) or a path")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="the longest one cell may take (the profile's)"
+    )
+    parser.add_argument("--out", type=Path, help="folder (_build/runs/<notebook and parameters>)")
+    parser.set_defaults(run=run_one)
+
+
+def run_one(options: argparse.Namespace) -> None:
+    """Check, run and keep one notebook; what has run with the same inputs is not run again."""
+    from minisupernet.jobs import make_job
+    from minisupernet.parameters import read_word
+    from minisupernet.workers import carry_out
+
+    settings = {"notebook": options.notebook, **{name: read_word(word) for name, word in options.parameters}}
+    job = make_job(settings, CHECKOUT)
+    folder, name = (options.out or CHECKOUT / "_build" / "runs" / job.label()).resolve(), Path(job.what).stem
+    ran = carry_out(job, folder, name, job.inputs(), seconds=options.timeout, progress=True)
+    print(f"{folder / name}.ipynb: {'done' if ran else 'already done with the same inputs'}")
+
+
+def add_sweep(commands: argparse._SubParsersAction) -> None:
+    """`sweep`: do the runs of a YAML file, here or on a cluster."""
+    parser = commands.add_parser("sweep", help="do many runs from a YAML file, here or on a Dask cluster")
+    parser.add_argument("file", type=Path, help="as in sweeps/")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes on this machine (its cores)")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="use the Dask cluster with this scheduler instead")
+    parser.add_argument("--retries", type=int, default=2, help="how often a run whose process died is repeated (2)")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="the longest one run may take (no limit)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run (1)")
+    parser.add_argument("--out", type=Path, help="folder (_build/sweeps/<file>)")
+    parser.add_argument("--record", type=Path, help="result file, or the folder of the book's: results")
+    parser.set_defaults(run=run_sweep)
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    """Do what is not done, show a table of all that is, and name every failure."""
+    from minisupernet import summaries, sweeps
+    from minisupernet.parameters import RunError
+
+    sweep = sweeps.read_sweep(options.file)
+    tasks = sweeps.tasks_of(sweep, CHECKOUT, to_record=options.record is not None)
+    folder = (options.out or CHECKOUT / "_build" / "sweeps" / options.file.stem).resolve()
+    limits = {"retries": options.retries, "timeout": options.timeout, "threads": options.threads}
+    with sweeps.open_executor(options.workers, options.scheduler) as (executor, slots):
+        failures = sweeps.run_tasks(tasks, folder, CHECKOUT, executor, slots, **limits)
+    if options.record:
+        summaries.record_sweep(tasks, folder, options.record)
+    print(summaries.summarise(sweep, tasks, folder), f"Results, table and figure are in {folder}.", sep="\n")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(tasks)} runs failed, as said above; the same command repeats them.")
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What every recorded run can be told: how large it is, and on what it runs."""
     parser.add_argument("--profile", choices=("quick", "full"), default="full")
@@ -89,8 +147,9 @@ def add_experiment(commands: argparse._SubParsersAction) -> None:
     """`experiment`: run experiment 1 or 2 and record what it measured."""
     parser = commands.add_parser("experiment", help="run experiment 1 or 2 and record it as JSON; needs no Jupyter")
     parser.add_argument("number", type=int, choices=(1, 2))
-    parser.add_argument("--setup", choices=("original", "better", "unseen_pairs"), default="better")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed; seed s holds out fold s (0)")
+    parser.add_argument("--setup", default="many_tasks", help="original, better, many_tasks (default) or unseen_pairs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed (0)")
+    parser.add_argument("--folds", type=int, nargs="+", help="which tasks are held out (fold s for seed s)")
     parser.add_argument("--data", default="cifar100", help="auto, cifar100, shapes100 or a .npz file (cifar100)")
     add_run_options(parser)
     parser.add_argument("--out", type=Path, help="result file (results/0?_experiment_?.json)")
@@ -98,24 +157,26 @@ def add_experiment(commands: argparse._SubParsersAction) -> None:
 
 
 def run_experiment_command(options: argparse.Namespace) -> None:
-    """Run each seed and record it as soon as it is done; a seed already recorded is run again and replaced."""
+    """Run each seed and fold and record it as soon as it is done; one already recorded is run again and replaced."""
     import torch
 
-    from minisupernet import experiments
+    from minisupernet import experiments, setups
     from minisupernet.data import load
     from minisupernet.results import record_run
     from minisupernet.training import pick_device
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    setup = getattr(experiments, options.setup)(options.number, options.profile)
+    if options.setup not in setups.SETUPS:
+        raise setups.SetupError(f"there is no set-up '{options.setup}'; use one of {', '.join(setups.SETUPS)}.")
+    setup = setups.SETUPS[options.setup](options.number, options.profile)
     out = options.out or CHECKOUT / "results" / f"{options.number + 5:02d}_experiment_{options.number}.json"
     images = load(options.data, pick_device(options.device))
-    for seed in options.seeds:
-        name = f"{options.setup}-{options.profile}-{images.name}-{options.number}-{seed}"
+    for seed, fold in [(each, fold) for each in options.seeds for fold in options.folds or [each % setup.folds]]:
+        name = f"{options.number}-{options.setup}-{options.profile}-{images.name}-{seed}-{fold}"
         checkpoint = CHECKOUT / "_build" / "checkpoints" / f"{name}.safetensors"
-        run = experiments.run_experiment(setup, images, seed, checkpoint=checkpoint)
-        record_run(out, run, keys=("setup", "seed"))
+        run = experiments.run_experiment(setup, images, seed, fold, checkpoint)
+        record_run(out, run, keys=("setup", "seed", "fold"))
         checkpoint.unlink(missing_ok=True)
         print(f"{name}: recorded in {out}")
 

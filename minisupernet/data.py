@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from minisupernet import shapes
-from minisupernet.files import FileError, whole_file
+from minisupernet.files import FileError, data_folder, whole_file
 from minisupernet.image_files import CIFAR_FOLDERS, DataError, read_cifar, read_npz
 
 __all__ = ["DataError", "ImageSet", "augment", "data_folder", "load", "normalise"]
@@ -63,19 +61,6 @@ class ImageSet:
             digest.update(str(tuple(tensor.shape)).encode())
             digest.update(tensor.cpu().contiguous().numpy())
         return digest.hexdigest()
-
-
-def data_folder() -> Path:
-    """The folder of the image files: `$MINISUPERNET_DATA`, else "minisupernet" in the user's cache folder."""
-    if chosen := os.environ.get("MINISUPERNET_DATA"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        cache = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "minisupernet"
 
 
 def load(name: str | Path = "auto", device: str | torch.device = "cpu") -> ImageSet:

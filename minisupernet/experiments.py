@@ -202,7 +202,7 @@ def run_experiment(
     seconds = time.perf_counter() - began
     report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {fmean(trained['right_z']):.3f}")
     before, size = fingerprint(bench.generator), sum(each.numel() for each in bench.generator.parameters())
-    arms = measure_arms(bench, report)
+    arms = _measure_arms(bench, report)
     fitted = bench.fit_z(bench.generator, arms["z_only"]["rate"], bench.data(bench.held_out))  # (T, z_dim)
     arms["other_z"] = {"test": bench.test_z(fitted.roll(1, 0))}
     few = {str(count): _few_images(bench, count, report) for count in setup.sizes}
@@ -227,7 +227,7 @@ def run_experiment(
     }
 
 
-def measure_arms(bench: Bench, report: Callable[[str], None] = print) -> dict[str, dict]:
+def _measure_arms(bench: Bench, report: Callable[[str], None] = print) -> dict[str, dict]:
     """Every arm of the set-up on the held-out tasks, with all training images."""
     arms = {arm: best_rate(bench, arm, report) for arm in bench.setup.rates}
     arms["no_adaptation"] = {"test": bench.no_adaptation()}

@@ -1,11 +1,12 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the folder of the image files."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["FileError", "whole_file"]
+__all__ = ["FileError", "data_folder", "whole_file"]
 
 
 class FileError(OSError):
@@ -34,3 +35,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def data_folder() -> Path:
+    """The folder of the image files: `$MINISUPERNET_DATA`, else "minisupernet" in the user's cache folder."""
+    if chosen := os.environ.get("MINISUPERNET_DATA"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        cache = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        cache = Path.home() / "Library" / "Caches"
+    else:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "minisupernet"

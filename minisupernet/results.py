@@ -18,8 +18,8 @@ from minisupernet.data import ImageSet
 from minisupernet.files import whole_file
 
 __all__ = [
-    "Interval", "ResultError", "difference", "fingerprint", "interval", "load_runs", "paired", "provenance",
-    "record_run", "results_file", "rounded", "task_means",
+    "Interval", "ResultError", "difference", "fingerprint", "interval", "load_runs", "one_of_a_pair", "paired",
+    "provenance", "record_run", "results_file", "rounded", "task_means",
 ]  # fmt: skip
 
 RESAMPLES = 10_000
@@ -169,14 +169,15 @@ def task_means(runs: Sequence[dict], setup: str, arm: str, size: int | None = No
             values = arms[arm]["test"] if arm in arms else run["trained"][arm]
             numbers = run["held_out"] if arm in arms else _trained_tasks(run)
             for number, value in zip(numbers, values, strict=False):  # the unfrozen arm stops after a few tasks
-                found.setdefault(_one_of_a_pair(number, run), []).append(value)
+                found.setdefault(one_of_a_pair(number, run), []).append(value)
     if not found:
         images = "" if size is None else f" with {size} images a class"
         raise ResultError(f"no recorded run has the arm '{arm}'{images} under the set-up '{setup}'.")
     return {number: sum(values) / len(values) for number, values in sorted(found.items())}
 
 
-def _one_of_a_pair(number: int, run: dict) -> int:
+def one_of_a_pair(number: int, run: dict) -> int:
+    """The number that a held-out task of a run counts as: where both orientations of a pair are, that of the first."""
     half = (len(run["held_out"]) + len(run["trained"]["right_z"])) // 2
     return number % half if run["settings"].get("pairs") else number
 

@@ -6,35 +6,29 @@ A run writes into a folder of its own; the notebooks in the repository change on
 from __future__ import annotations
 
 import ast
-import difflib
-import hashlib
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minisupernet.files import FileError, whole_file
+from minisupernet.files import FileError, data_folder, whole_file
+from minisupernet.inputs import notebook_fingerprint
+from minisupernet.parameters import RunError, plain, suggestion
 
 __all__ = [
-    "RunError", "check_parameters", "course_notebooks", "fingerprint", "refresh", "run_all", "run_notebook",
-    "stand_in_folder", "writing",
+    "RunError", "check_parameters", "course_notebooks", "execute", "find_notebook", "refresh", "run_all",
+    "run_notebook", "stand_in_folder", "writing",
 ]  # fmt: skip
 
 CELL_SECONDS = {"quick": 600, "full": 8 * 3600}  # profile -> longest that one cell may take
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill adds
-
-
-class RunError(ValueError):
-    """A run that cannot start or that failed; the message says which notebook and what to do."""
 
 
 def course_notebooks(root: Path) -> list[Path]:
@@ -47,6 +41,22 @@ def course_notebooks(root: Path) -> list[Path]:
     if not notebooks or not (root / "_config.yml").is_file():
         raise RunError(f"{root} has no notebooks or no _config.yml; run this in a clone of the repository.")
     return notebooks
+
+
+def find_notebook(name: str | int, root: Path) -> Path:
+    """A notebook by its path, or one of the course by its name ("05_supernet", "supernet") or number (5).
+
+    Raises:
+        RunError: where there is none; the message lists the course's.
+    """
+    if str(name).endswith(".ipynb"):
+        return Path(str(name)).expanduser().resolve()
+    course = {path.stem: path for path in course_notebooks(root)}
+    for stem, path in course.items():
+        number, _, title = stem.partition("_")
+        if str(name) in (stem, title) or (str(name).isdecimal() and int(name) == int(number)):
+            return path
+    raise RunError(f"there is no notebook '{name}'; give a path or one of {', '.join(course)}.")
 
 
 def stand_in_folder(root: Path) -> Path:
@@ -62,30 +72,27 @@ def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
     """
     if not path.is_file():
         raise RunError(f"there is no notebook {path}; check the path.")
-    known = _papermill().inspect_notebook(str(path))
+    known = _defaults(path)
     for name, value in parameters.items():
         if name not in known:
-            nearest = "".join(f"; did you mean '{near}'?" for near in difflib.get_close_matches(name, known, 1, 0.0))
-            raise RunError(f"{path.stem} has no parameter '{name}'{nearest or '.'}")
-        default = ast.literal_eval(known[name]["default"])
-        if type(value) is not type(default):
-            kind = type(default).__name__
-            raise RunError(f"parameter {name} of {path.stem} must be of type {kind}, as {default!r} is, not {value!r}.")
+            raise RunError(f"{path.stem} has no parameter '{name}'{suggestion(name, known)}")
+        if type(plain(name, value)) is not type(default := known[name]):
+            kind, near = type(default).__name__, str(value).capitalize()
+            hint = f"; did you mean {near}?" if kind == "bool" and near in ("True", "False") else "."
+            message = f"parameter {name} of {path.stem} must be of type {kind}, as {default!r} is, not {value!r}{hint}"
+            raise RunError(message)
     if (profile := parameters.get("profile", "quick")) not in CELL_SECONDS:
         raise RunError(f"there is no profile '{profile}'; use {' or '.join(CELL_SECONDS)}.")
 
 
-def fingerprint(path: Path, parameters: Mapping[str, Any], root: Path) -> str:
-    """A sha256 over all that decides what a run shows: the notebook without its outputs, the package, the recorded
-    results, the parameters, the image files, and the versions of Python and torch."""
-    notebook = json.loads(path.read_bytes())
-    cells = [[cell["cell_type"], cell["source"], cell["metadata"]] for cell in notebook["cells"]]
-    files = sorted([*(root / "minisupernet").rglob("*.py"), *(root / "results").rglob("*.json")])
-    code = [[file.relative_to(root).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-    images = _image_files(path.parent, str(parameters.get("data", "auto")))
-    versions = [platform.python_version(), metadata.version("torch")]
-    inputs = [cells, notebook["metadata"], dict(parameters), code, images, versions]
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+def _defaults(path: Path) -> dict[str, Any]:
+    """What the notebook's parameters cell says, name to value."""
+    papermill = _papermill()
+    try:
+        known = papermill.inspect_notebook(str(path))
+        return {name: ast.literal_eval(each["default"]) for name, each in known.items()}
+    except Exception as error:  # a damaged notebook fails in many ways
+        raise RunError(f"{path} is no notebook whose parameters are plain values; restore it.") from error
 
 
 def run_notebook(
@@ -103,16 +110,51 @@ def run_notebook(
     path, out_dir = Path(path).resolve(), Path(out_dir).resolve()
     check_parameters(path, parameters)
     output, unfinished, stamp = (out_dir / (path.stem + end) for end in (".ipynb", ".unfinished.ipynb", ".inputs"))
-    inputs = fingerprint(path, parameters, root)
+    inputs = notebook_fingerprint(path, parameters, root)
     if output.exists() and stamp.exists() and stamp.read_text() == inputs:
         return False
     with writing(out_dir):
-        _execute(path, unfinished, parameters, threads)
+        execute(path, unfinished, parameters, threads)
         stamp.unlink(missing_ok=True)  # killed from here on, the notebook runs again
         unfinished.replace(output)
         with whole_file(stamp) as part:
             part.write_text(inputs)
     return True
+
+
+def execute(
+    path: Path, output: Path, parameters: Mapping[str, Any], threads: int | None = None,
+    seconds: float | None = None, progress: bool = False,
+) -> list[float]:  # fmt: skip
+    """Run the notebook where it lies, as Jupyter and nbval do; what it has done so far is in `output` all the time.
+
+    Args:
+        seconds: the longest that one cell may take; by default that of the profile.
+        progress: show a bar of the cells done.
+
+    Returns:
+        The seconds of each code cell.
+
+    Raises:
+        RunError: for a cell that fails, takes too long or ends the kernel: the notebook, the cell's number, the error.
+    """
+    papermill = _papermill()
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    settings = {"MINISUPERNET_DATA": str(data_folder().resolve()), "TQDM_DISABLE": "1"}
+    if threads:
+        settings["OMP_NUM_THREADS"] = str(threads)
+    try:
+        with _environment(**settings):
+            done = papermill.execute_notebook(
+                path, output, dict(parameters), kernel_name="python3", cwd=path.parent, progress_bar=progress,
+                start_timeout=120, execution_timeout=seconds or CELL_SECONDS[parameters.get("profile", "quick")],
+                extra_arguments=["--log-level=ERROR"],
+            )  # fmt: skip
+    except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
+        raise RunError(f"{path.stem}, cell {_failed_cell(output)}: {_one_line(error)}") from error
+    cells = done.cells if done else []
+    return [round(cell.metadata.papermill.duration or 0, 2) for cell in cells if cell.cell_type == "code"]
 
 
 def run_all(
@@ -179,41 +221,9 @@ def _papermill() -> ModuleType:
     return papermill
 
 
-def _image_files(folder: Path, data: str) -> list[list[str | int]]:
-    """Name, size and time of every image file that a run with this `data` parameter may read."""
-    from minisupernet.data import data_folder
-
-    place = data_folder()
-    cifar = {"cifar100": ["cifar-100-python/*"], "cifar10": ["cifar-10-batches-py/*", "cifar10.npz"]}
-    patterns = cifar.get(data, sum(cifar.values(), []) if data == "auto" else [])
-    files = [folder / data] if data.endswith(".npz") else [file for each in patterns for file in place.glob(each)]
-    return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file())
-
-
 def _timed_run(*arguments: Any) -> tuple[bool, float]:
     start = time.perf_counter()
     return run_notebook(*arguments), time.perf_counter() - start
-
-
-def _execute(path: Path, output: Path, parameters: Mapping[str, Any], threads: int | None) -> None:
-    """Run the notebook where it lies, as Jupyter and nbval do; what it has done so far is in `output` all the time."""
-    papermill = _papermill()
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-
-    from minisupernet.data import data_folder
-
-    settings = {"MINISUPERNET_DATA": str(data_folder().resolve()), "TQDM_DISABLE": "1"}
-    if threads:
-        settings["OMP_NUM_THREADS"] = str(threads)
-    seconds = CELL_SECONDS[parameters.get("profile", "quick")]
-    try:
-        with _environment(**settings):
-            papermill.execute_notebook(
-                path, output, dict(parameters), kernel_name="python3", cwd=path.parent, progress_bar=False,
-                start_timeout=120, execution_timeout=seconds, extra_arguments=["--log-level=ERROR"],
-            )  # fmt: skip
-    except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
-        raise RunError(f"{path.stem}, cell {_failed_cell(output)}: {_one_line(error)}") from error
 
 
 def _failed_cell(unfinished: Path) -> int:

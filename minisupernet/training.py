@@ -5,6 +5,7 @@ nothing else does. Two arms of an experiment with one seed therefore see the sam
 resumed from a checkpoint is the run that was never broken.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 from minisupernet.files import whole_file
 
 __all__ = [
-    "History", "TrainingError", "constant", "frozen", "one_cycle", "pick_device", "step_generator", "train",
+    "History", "TrainingError", "constant", "frozen", "keep_memory", "one_cycle", "pick_device", "step_generator",
+    "train",
 ]  # fmt: skip
 
 CHECK_EVERY = 50  # steps between looks at the loss: looking makes a GPU wait
@@ -122,6 +124,7 @@ def train(
     device = next(state.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if mixed is None else mixed)
     rates = [group["lr"] for group in optimizer.param_groups]
+    keep_memory()
     start, history = _resume(checkpoint, state, optimizer, steps)
     losses, clock = _Losses(start, rates), _Clock(history)
     quiet = bool(os.environ.get("TQDM_DISABLE"))  # in a notebook tqdm does not look by itself
@@ -140,6 +143,20 @@ def train(
                 history.rows.append(row | (evaluate() if evaluate else {}))
             _save(checkpoint, state, optimizer, steps, history)
     return history
+
+
+def keep_memory() -> bool:
+    """Have Linux's C library keep the memory that a step frees for the next step; True where it will.
+
+    By itself it gives large tensors back to the system as they are freed, and the next step pays for each page anew.
+    The process then stays as large as its largest step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    never_map, never_trim = mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    return bool(never_map and never_trim)
 
 
 class _Clock:
@@ -211,12 +228,13 @@ def _resume(path: str | Path | None, state: nn.Module, optimizer: torch.optim.Op
         if int(notes["steps"]) != steps:
             raise ValueError(f"it is of a run of {notes['steps']} steps, this one has {steps}")
         history = History(json.loads(notes["history"]))
+        start = int(history.last("step"))
         state.load_state_dict({n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")})
         optimizer.load_state_dict(_optimizer_state(optimizer, tensors))
         torch.set_rng_state(tensors["random"])
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise TrainingError(f"cannot go on from {path}: {error}; delete it to start anew.") from error
-    return int(history.last("step")), history
+    return start, history
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict:

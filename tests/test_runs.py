@@ -16,7 +16,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from minisupernet import book, runs
 from minisupernet.__main__ import main
 from minisupernet.files import FileError
-from minisupernet.runs import RunError, check_parameters, refresh, run_all, run_notebook
+from minisupernet.parameters import RunError
+from minisupernet.runs import check_parameters, execute, find_notebook, refresh, run_all, run_notebook
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = 'profile = "quick"  # or "full"\ndata = "auto"\nseed = 0'
@@ -181,6 +182,10 @@ def test_a_dead_kernel_is_named(checkout):
         ({"profile": False}, "parameter profile of 01_tiny must be of type str, as 'quick' is, not False."),
         ({"seed": "1"}, "parameter seed of 01_tiny must be of type int, as 0 is, not '1'."),
         ({"seed": True}, "parameter seed of 01_tiny must be of type int, as 0 is, not True."),
+        ({"seed": None}, "parameter seed must be text, a finite number, true or false, or a list of these."),
+        ({"seed": float("nan")}, "parameter seed must be text, a finite number, true or false, or a list of these."),
+        ({"data": {"a": 1}}, "parameter data must be text, a finite number, true or false, or a list of these."),
+        ({"seed = 1; x": 1}, "01_tiny has no parameter 'seed = 1; x'; did you mean 'seed'?"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_runs(checkout, executions, parameters, sentence):
@@ -193,6 +198,82 @@ def test_wrong_parameters_are_refused_before_anything_runs(checkout, executions,
 def test_a_missing_notebook_is_one_sentence(tmp_path):
     with pytest.raises(RunError, match="there is no notebook .*nothing.ipynb; check the path"):
         check_parameters(tmp_path / "nothing.ipynb", {})
+
+
+def test_a_file_that_is_no_notebook_is_one_sentence(tmp_path):
+    (tmp_path / "broken.ipynb").write_text("{")
+    with pytest.raises(RunError, match="broken.ipynb is no notebook whose parameters are plain values; restore it"):
+        check_parameters(tmp_path / "broken.ipynb", {})
+
+
+def test_no_parameter_becomes_code(tmp_path):
+    """What would end a string, or a line, arrives as it was."""
+    words = ['"; print(1) #', "'", '"""', "line\nbreak", "\\", "{profile}", "\u2028", "${HOME}", "%time", "!ls", "é"]
+    path = write_notebook(tmp_path / "01_words.ipynb", "import json\nprint(json.dumps([data, words]))")
+    notebook = nbformat.read(path, 4)
+    notebook.cells[1].source += '\nwords = ["one"]'
+    nbformat.write(notebook, path)
+    parameters = {"data": "".join(words), "words": words}
+    check_parameters(path, parameters)
+    seconds = execute(path, tmp_path / "out.ipynb", parameters)
+    assert json.loads(printed(tmp_path / "out.ipynb")) == ["".join(words), words]
+    assert len(seconds) == 3 and all(each >= 0 for each in seconds)  # parameters, injected parameters, print
+
+
+@pytest.mark.parametrize("name", ["1", "01", 1, "tiny", "01_tiny"])
+def test_a_notebook_is_found_by_number_and_name(checkout, name):
+    path = checkout / "notebooks" / "01_tiny.ipynb"
+    assert find_notebook(name, checkout) == find_notebook(str(path), Path("elsewhere")) == path
+    with pytest.raises(RunError, match="there is no notebook 'big'; give a path or one of 01_tiny"):
+        find_notebook("big", checkout)
+
+
+def test_the_run_command_leaves_a_notebook_and_a_result(checkout, monkeypatch, capsys):
+    monkeypatch.setattr("minisupernet.__main__.CHECKOUT", checkout)
+    command = ["run", "1", "-p", "profile", "full", "-p", "seed", "3"]
+    assert main(command) == 0
+    folder = checkout / "_build" / "runs" / "01_tiny-profile=full-seed=3"
+    assert printed(folder / "01_tiny.ipynb") == "full auto 3\n"
+    found = json.loads((folder / "01_tiny.json").read_text())
+    assert found["status"] == "done" and found["run"] == {"what": "01_tiny", "profile": "full", "seed": 3}
+    assert len(found["result"]["cell_seconds"]) == 3 and found["seconds"] >= sum(found["result"]["cell_seconds"])
+    assert found["versions"]["torch"] and len(found["inputs"]) == 64
+    said = capsys.readouterr()
+    assert "01_tiny.ipynb: done" in said.out and "4/4" in said.err  # the bar of cells
+    assert main(command) == 0 and "already done with the same inputs" in capsys.readouterr().out
+
+
+def test_the_run_command_keeps_a_failure_and_tells_nothing_of_the_machine(checkout, monkeypatch, capsys):
+    monkeypatch.setattr("minisupernet.__main__.CHECKOUT", checkout)
+    write_notebook(checkout / "notebooks" / "02_lost.ipynb", "from pathlib import Path; open(Path.home() / 'a' / 'b')")
+    monkeypatch.chdir(checkout)
+    assert main(["run", "2", "--out", "mine"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("02_lost, cell 3: FileNotFoundError")
+    text = (checkout / "mine" / "02_lost.json").read_text()
+    found = json.loads(text)
+    assert found["status"] == "failed" and found["error"].startswith("02_lost, cell 3: FileNotFoundError")
+    assert str(Path.home()) not in text and str(checkout) not in text
+
+
+def test_the_run_command_stops_a_cell_that_takes_too_long(checkout, monkeypatch, capsys):
+    monkeypatch.setattr("minisupernet.__main__.CHECKOUT", checkout)
+    write_notebook(checkout / "notebooks" / "02_slow.ipynb", "import time; time.sleep(60)")
+    assert main(["run", "slow", "--timeout", "1"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("02_slow, cell 3: CellTimeoutError: ")
+
+
+def test_the_run_command_refuses_before_anything_runs(checkout, monkeypatch, executions, capsys):
+    monkeypatch.setattr("minisupernet.__main__.CHECKOUT", checkout)
+    assert main(["run", "1", "-p", "quick", "false"]) == 1
+    assert capsys.readouterr().err == "01_tiny has no parameter 'quick'; did you mean 'profile'?\n"
+    notebook = nbformat.read(checkout / "notebooks" / "01_tiny.ipynb", 4)
+    notebook.cells[1].source += "\nquick = True"
+    nbformat.write(notebook, checkout / "notebooks" / "01_tiny.ipynb")
+    assert main(["run", "1", "-p", "quick", "false"]) == 1
+    said = "parameter quick of 01_tiny must be of type bool, as True is, not 'false'; did you mean False?\n"
+    assert capsys.readouterr().err == said
+    assert executions == [] and not (checkout / "_build").exists()
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_output(checkout, monkeypatch):

@@ -1,12 +1,23 @@
 """The training loop: History, resuming, a bad loss; and TensorFlow's RMSProp."""
 
+import platform
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from minisupernet.optimizers import TensorFlowRMSprop
-from minisupernet.training import TrainingError, constant, frozen, one_cycle, pick_device, step_generator, train
+from minisupernet.training import (
+    TrainingError,
+    constant,
+    frozen,
+    keep_memory,
+    one_cycle,
+    pick_device,
+    step_generator,
+    train,
+)
 
 X = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
 Y = X @ torch.tensor([[1.0], [-2.0], [0.5]])
@@ -202,3 +213,17 @@ def test_rmsprop_on_sparse_rows_equals_the_dense_rule():
             assert table.grad.is_sparse == sparse
             optimizer.step()
     torch.testing.assert_close(tables[1], tables[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_kept_memory_is_used_again_without_new_pages():
+    resource = pytest.importorskip("resource")
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16_000_000)  # 64 MB, 15,625 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert keep_memory()
+    new_pages()
+    assert new_pages() < 1_000

@@ -10,7 +10,7 @@ from minisupernet.data import load
 from minisupernet.results import provenance, record_run, results_file
 from minisupernet.training import pick_device
 
-__all__ = ["STUDIES", "Study", "StudyError", "record_study"]
+__all__ = ["STUDIES", "Study", "StudyError", "measure_study", "record_study"]
 
 
 class StudyError(ValueError):
@@ -33,21 +33,17 @@ STUDIES = {
 }
 
 
-def record_study(
+def measure_study(
     name: str, seed: int = 0, profile: str = "full", data: str | None = None, device: str = "auto",
-    out: Path | None = None, report: Callable[[str], None] = print,
-) -> Path:  # fmt: skip
-    """Measure one study with one seed and record it, in place of an older run of that seed and profile.
+    report: Callable[[str], None] = print,
+) -> dict:  # fmt: skip
+    """Measure one study with one seed and return all of it, with where it comes from, ready for JSON.
 
     Args:
         name: a key of `STUDIES`.
         profile: "quick", to try it, or "full", as in the book.
         data: an image set, as `minisupernet.data.load` takes it; by default the study's own.
-        out: the result file; by default the one in `results`.
         report: told each stage as it ends, in one line.
-
-    Returns:
-        The result file.
 
     Raises:
         StudyError: for a study or a profile that does not exist.
@@ -56,11 +52,26 @@ def record_study(
         raise StudyError(f"there is no study '{name}'; choose one of {', '.join(STUDIES)}.")
     if profile not in ("quick", "full"):
         raise StudyError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
-    study, began = STUDIES[name], time.perf_counter()
-    images = load(data or study.data, pick_device(device))
+    began = time.perf_counter()
+    images = load(data or STUDIES[name].data, pick_device(device))
     found = importlib.import_module(f"minisupernet.studies.{name}").measure(images, seed, profile, report)
     seconds = round(time.perf_counter() - began, 1)
-    origin = provenance(images, images.device)
-    path = out or results_file(study.result)
-    record_run(path, {"profile": profile, "seed": seed, **found, "seconds": seconds, **origin}, ("profile", "seed"))
+    return {"profile": profile, "seed": seed, **found, "seconds": seconds, **provenance(images, images.device)}
+
+
+def record_study(
+    name: str, seed: int = 0, profile: str = "full", data: str | None = None, device: str = "auto",
+    out: Path | None = None, report: Callable[[str], None] = print,
+) -> Path:  # fmt: skip
+    """Measure one study, as `measure_study` does, and record it in place of an older run of that seed and profile.
+
+    Args:
+        out: the result file; by default the one in `results`.
+
+    Returns:
+        The result file.
+    """
+    run = measure_study(name, seed, profile, data, device, report)
+    path = out or results_file(STUDIES[name].result)
+    record_run(path, run, ("profile", "seed"))
     return path
