@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARM_NAMES", "aims_table", "arms_table", "compare", "cost_table", "differences_table", "few_images", "few_table",
-    "recorded_ladder", "recorded_walk", "setups_in", "verdict",
+    "geometry_table", "recorded_ladder", "recorded_walk", "setups_in", "verdict",
 ]  # fmt: skip
 
 ARM_NAMES = {
@@ -176,3 +176,23 @@ def recorded_walk(runs: Sequence[dict], setup: str) -> "Figure":
     axes.set(xlabel="place on the line between the two task vectors", ylabel="test accuracy (%)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
+
+
+def geometry_table(runs: Sequence[dict]) -> "Markdown":
+    """Where the task vectors of each recorded run lie, for the runs that measured it."""
+    rows, measured = [], [run for run in runs if "geometry" in run]
+    for run in measured:
+        found, size = run["geometry"], run["parameters"]["z"]
+        few = found["accuracy_in_few_directions"]
+        cells = [SETUP_NAMES[run["setup"]], run["seed"], run["fold"], f"{found['dimensions_used']:.1f} of {size}"]
+        cells.append(" / ".join(f"{100 * few[count]:.0f}" for count in ("1", "4", "16", str(size)) if count in few))
+        if "neighbours" in found:
+            near = found["neighbours"]
+            cells.append(f"{100 * near['share']:.0f} % against {100 * near['expected']:.0f} %, p = {near['p']:.4f}")
+        else:
+            cells.append(f"{found['twins']:+.2f}")
+        rows.append(cells)
+    superclasses = any("neighbours" in run["geometry"] for run in measured)
+    last = "same superclass as its nearest neighbour, against chance" if superclasses else "cosine of twins"
+    few_header = "accuracy (%) with 1 / 4 / 16 / all directions kept"
+    return table(["set-up", "seed", "fold", "directions used", few_header, last], rows)
