@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from minisupernet.runs import stand_in_folder
+from minisupernet.reruns.runs import stand_in_folder
 
 
 def pytest_configure(config: pytest.Config) -> None:

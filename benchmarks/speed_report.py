@@ -1,4 +1,4 @@
-"""Write the tables and the figure of the speed records: README.md, book/speed.md, book/images/growth.png.
+"""Write what the speed records say into README.md and book/speed.md, and draw book/images/growth.png.
 
 python benchmarks/speed_report.py
 """
@@ -6,12 +6,20 @@ python benchmarks/speed_report.py
 import json
 from pathlib import Path
 
+from contestants import NAMES, OURS, PARTS, PLAIN
+
 from minisupernet.plots import new_figure
 
+__all__ = ["BLOCKS", "filled", "parts_table", "read", "steps_table"]
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- speed: written by benchmarks/speed_report.py -->", "<!-- /speed -->"
-NAMES = ("minisupernet", "torch.func.vmap", "plain loop", "hypnettorch", "hyperlight")
 LABELS = {"tasks": "tasks T", "images": "images a task B", "z_dim": "numbers in z", "channels": "filters of the target"}
+ALT = (
+    "Milliseconds and memory of a step against tasks, images a task, numbers in z and filters of the target: "
+    "measured points beside dashed lines of the two formulas."
+)
+AIMS = 4, 2  # times faster than the plain loop, and than the best peer, at 98 tasks
+AT = 98
 
 
 def read(name: str) -> dict:
@@ -19,61 +27,118 @@ def read(name: str) -> dict:
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
 
 
-def table(record: dict) -> str:
-    """The whole step as Markdown: milliseconds of each contestant, and how many times faster this package is.
-
-    With one thread it is CPU time, which other work on the machine hardly moves; with more it is time on the clock.
-    """
-    lines = [("threads", "tasks", *NAMES, "times faster than the loop", "than the best peer", "share of matrix rate")]
-    lines.append(["---:"] * len(lines[0]))
-    for row in record["rows"]:
-        clock = "cpu" if row["threads"] == 1 else "wall"
-        steps = [f"{row['milliseconds'][clock][name]['step']:.0f}" for name in NAMES]
-        ratios = row["times_faster_than_loop"][clock], row["times_faster_than_best_peer"][clock]
-        share = f"{100 * row['share_of_matrix_rate'][clock]:.0f} %"
-        numbers = [str(row["threads"]), str(row["tasks"])]
-        lines.append([*numbers, *steps, *(f"{ratio:.1f}" for ratio in ratios), share])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(lines: list[list[str]]) -> str:
+    """A table: the first line is its head, and all is set to the right."""
+    head, *body = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---:"] * len(head), *body])
 
 
-def with_table(text: str, drawn: str) -> str:
-    """`text` with the table between its two marks replaced."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{drawn}\n{END}{rest.split(END)[1]}"
+def number(value: float | None, digits: int = 0) -> str:
+    """A number as it stands in a table; a dash for what was left out."""
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
 
 
-def draw(record: dict, path: Path) -> None:
+def steps_table(speed: dict) -> str:
+    """The whole step: milliseconds on the clock of each contestant, and how many times faster this package is."""
+    lines = [["threads", "tasks", *NAMES, "times faster than the plain loop", "than the best peer", "of matrix rate"]]
+    for row in speed["rows"]:
+        steps = {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}
+        times = [number(steps.get(name), 1 if row["tasks"] == 1 else 0) for name in NAMES]
+        ratios = [number(row[f"times_faster_than_{of}"], 1) for of in ("loop", "best_peer")]
+        share = f"{100 * row['share_of_matrix_rate']:.0f} %"
+        lines.append([str(row["threads"]), str(row["tasks"]), *times, *ratios, share])
+    return markdown(lines)
+
+
+def most_threads(speed: dict) -> dict:
+    """The row of 98 tasks with the most threads."""
+    return max((row for row in speed["rows"] if row["tasks"] == AT), key=lambda row: row["threads"])
+
+
+def verdict(speed: dict) -> str:
+    """Whether the step is as fast as it was meant to be."""
+    row = most_threads(speed)
+    loop, peer = row["times_faster_than_loop"], row["times_faster_than_best_peer"]
+    outcome = "The aims were" if loop >= AIMS[0] and peer >= AIMS[1] else "The aims were not reached: they were"
+    return (
+        f"At {AT} tasks and {row['threads']} threads the step is {loop:.1f} times as fast as the {PLAIN} and {peer:.1f} "
+        f"times as fast as the best peer, {row['best_peer']}. {outcome} {AIMS[0]} and {AIMS[1]} times."
+    )
+
+
+def parts_table(speed: dict) -> str:
+    """98 tasks with the most threads: milliseconds on the clock of each part, and the process's peak memory."""
+    row = most_threads(speed)
+    lines = [["", *PARTS, "peak memory, MB"]]
+    for name, parts in row["milliseconds"]["wall"].items():
+        lines.append([name, *(number(parts[part], 1) for part in PARTS), number(row["peak_megabytes"][name])])
+    return markdown(lines)
+
+
+def imports(speed: dict) -> str:
+    """What importing costs."""
+    torch, ours = (speed["import_seconds"][module] for module in ("torch", "minisupernet.supernet"))
+    return (
+        f"Starting Python and importing `minisupernet.supernet` takes {ours:.1f} s; `torch` alone takes {torch:.1f} s."
+    )
+
+
+def large(growth: dict) -> str:
+    """What one step of a hundred wide residual networks took."""
+    row = growth["large"]
+    return (
+        f"One step for {row['tasks']} tasks of {row['images']} images, {row['group']} tasks at a time, took "
+        f"{row['seconds']:.0f} s with one thread, and the process held {row['megabytes'] / 1024:.1f} GiB at most. Each "
+        f"network has {row['weights']:,} weights; {row['learned']:,} numbers are learned for all of them together."
+    )
+
+
+BLOCKS = {
+    "README.md": {"steps": ("05_speed.json", steps_table)},
+    "book/speed.md": {
+        "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
+        "parts": ("05_speed.json", parts_table), "imports": ("05_speed.json", imports),
+        "growth": ("05_growth.json", lambda growth: f"![{ALT}](images/growth.png)"),
+        "large": ("05_growth.json", large),
+    },
+}  # fmt: skip  # page -> {mark: (record, what it writes)}
+
+
+def filled(text: str, mark: str, drawn: str) -> str:
+    """`text` with what stands between the two comments of this mark replaced."""
+    begin, end = f"<!-- speed: {mark} -->\n", f"<!-- /speed: {mark} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}{drawn}\n{end}{rest.split(end)[1]}"
+
+
+def draw(growth: dict, path: Path) -> None:
     """Measured points and the formula's lines, scaled to the point that all sweeps share."""
     figure, axes = new_figure(2, len(LABELS), width=9.0, height=4.6)
+    shared = next(row for row in growth["sweeps"]["tasks"] if row in growth["sweeps"]["images"])
     for column, (name, label) in enumerate(LABELS.items()):
-        rows = record["sweeps"][name]
+        rows = growth["sweeps"][name]
         x = [row[name] for row in rows]
         for axis, measured, formula in ((axes[0], "milliseconds", "operations"), (axes[1], "megabytes", "floats")):
             axis[column].plot(x, [row[measured] for row in rows], "o", label="measured")
-            scale = rate(record, measured, formula)
+            scale = shared[measured] / shared[formula]
             axis[column].plot(x, [row[formula] * scale for row in rows], "--", label="formula")
             axis[column].set(xscale="log", yscale="log", xticks=x, xticklabels=x)
             axis[column].minorticks_off()
         axes[1][column].set_xlabel(label)
-    axes[0][0].set_ylabel("CPU ms a step")
+    axes[0][0].set_ylabel("ms a step")
     axes[1][0].set_ylabel("memory, MB")
     axes[0][0].legend()
     figure.savefig(path)
 
 
-def rate(record: dict, measured: str, formula: str) -> float:
-    """The one constant of the formula: measured by formula at the point that all sweeps share."""
-    shared = next(row for row in record["sweeps"]["tasks"] if row["tasks"] == 32)
-    return shared[measured] / shared[formula]
-
-
 def main() -> None:
-    """Write the tables, and the figure where growth was recorded."""
-    drawn = table(read("05_speed.json"))
-    for path in (ROOT / "README.md", ROOT / "book" / "speed.md"):
-        path.write_text(with_table(path.read_text(encoding="utf-8"), drawn), encoding="utf-8")
-    if (ROOT / "results" / "05_growth.json").exists():
-        draw(read("05_growth.json"), ROOT / "book" / "images" / "growth.png")
+    """Fill every block of both pages, and draw the figure."""
+    for page, blocks in BLOCKS.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for mark, (record, write) in blocks.items():
+            text = filled(text, mark, write(read(record)))
+        (ROOT / page).write_text(text, encoding="utf-8")
+    draw(read("05_growth.json"), ROOT / "book" / "images" / "growth.png")
 
 
 if __name__ == "__main__":

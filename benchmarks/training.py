@@ -138,7 +138,7 @@ def rows(workers: dict[str, Worker], sizes: list[int], threads: list[int], repea
             about = {"threads": count, "tasks": tasks, "repeats": turns, "largest_relative_difference": apart}
             row = about | summary(times, tasks, matrix_rate(count))
             row["peak_megabytes"] = {name: worker.ask("peak") for name, worker in workers.items()}
-            print(count, tasks, {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}, flush=True)
+            print({key: value for key, value in row.items() if key != "milliseconds"}, flush=True)
             found.append(row)
     return sorted(found, key=lambda row: (row["threads"], row["tasks"]))
 

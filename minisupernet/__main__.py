@@ -74,7 +74,7 @@ def add_notebooks(commands: argparse._SubParsersAction) -> None:
 
 def run_notebooks(options: argparse.Namespace) -> None:
     """Refresh the stored outputs."""
-    from minisupernet.runs import refresh
+    from minisupernet.reruns.runs import refresh
 
     refresh(CHECKOUT)
 
@@ -93,9 +93,9 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
 def run_one(options: argparse.Namespace) -> None:
     """Check, run and keep one notebook; what has run with the same inputs is not run again."""
-    from minisupernet.jobs import make_job
-    from minisupernet.parameters import read_word
-    from minisupernet.workers import carry_out
+    from minisupernet.reruns.jobs import make_job
+    from minisupernet.reruns.parameters import read_word
+    from minisupernet.reruns.workers import carry_out
 
     settings = {"notebook": options.notebook, **{name: read_word(word) for name, word in options.parameters}}
     job = make_job(settings, CHECKOUT)
@@ -120,8 +120,8 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
 
 def run_sweep(options: argparse.Namespace) -> None:
     """Do what is not done, show a table of all that is, and name every failure."""
-    from minisupernet import summaries, sweeps
-    from minisupernet.parameters import RunError
+    from minisupernet.reruns import summaries, sweeps
+    from minisupernet.reruns.parameters import RunError
 
     sweep = sweeps.read_sweep(options.file)
     tasks = sweeps.tasks_of(sweep, CHECKOUT, to_record=options.record is not None)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisupernet.runs import RunError, course_notebooks, run_all, writing
+from minisupernet.reruns.runs import RunError, course_notebooks, run_all, writing
 
 __all__ = ["assemble", "build_html", "make_book"]
 

@@ -25,14 +25,14 @@ from torch import nn
 
 from minisupernet import image_files
 from minisupernet.image_files import CIFAR_FOLDERS, DataError, read_cifar, read_npz
-from minisupernet.jobs import Job, make_job
-from minisupernet.parameters import RunError, plain, read_word
+from minisupernet.reruns.jobs import Job, make_job
+from minisupernet.reruns.parameters import RunError, plain, read_word
+from minisupernet.reruns.runs import check_parameters
+from minisupernet.reruns.summaries import _mean
+from minisupernet.reruns.sweeps import Sweep, read_sweep
+from minisupernet.reruns.workers import finished
 from minisupernet.results import ResultError, load_runs
-from minisupernet.runs import check_parameters
-from minisupernet.summaries import _mean
-from minisupernet.sweeps import Sweep, read_sweep
 from minisupernet.training import TrainingError, train
-from minisupernet.workers import finished
 
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("make-test", max_examples=30, derandomize=True, **QUIET)

@@ -13,11 +13,12 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from minisupernet import book, runs
+from minisupernet import book
 from minisupernet.__main__ import main
 from minisupernet.files import FileError
-from minisupernet.parameters import RunError
-from minisupernet.runs import check_parameters, execute, find_notebook, refresh, run_all, run_notebook
+from minisupernet.reruns import runs
+from minisupernet.reruns.parameters import RunError
+from minisupernet.reruns.runs import check_parameters, execute, find_notebook, refresh, run_all, run_notebook
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 PARAMETERS = 'profile = "quick"  # or "full"\ndata = "auto"\nseed = 0'

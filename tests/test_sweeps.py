@@ -25,14 +25,14 @@ from tiny_jobs import COMMAND, STEPS, alive, counting, run_tiny, tiny_task
 from conftest import coloured_squares
 from minisupernet.__main__ import main
 from minisupernet.files import FileError
-from minisupernet.inputs import code_used, package_fingerprint
-from minisupernet.jobs import make_job
-from minisupernet.parameters import RunError, override, read_word
+from minisupernet.reruns.inputs import code_used, package_fingerprint
+from minisupernet.reruns.jobs import make_job
+from minisupernet.reruns.parameters import RunError, override, read_word
+from minisupernet.reruns.summaries import record_sweep, summarise
+from minisupernet.reruns.sweeps import Sweep, open_executor, read_sweep, run_tasks, tasks_of
+from minisupernet.reruns.workers import Claimed, attempt, carry_out, finished
 from minisupernet.results import ResultError, interval, load_runs
 from minisupernet.setups import better
-from minisupernet.summaries import record_sweep, summarise
-from minisupernet.sweeps import Sweep, open_executor, read_sweep, run_tasks, tasks_of
-from minisupernet.workers import Claimed, attempt, carry_out, finished
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are killed by the signals of POSIX")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -392,7 +392,7 @@ def test_a_killed_training_goes_on_to_the_result_of_an_unbroken_one(tmp_path, sq
     folder = tmp_path / "broken"
     order = {"settings": settings, "root": str(REPOSITORY), "folder": str(folder)}
     order |= {"name": task.name, "inputs": task.inputs}
-    process = subprocess.Popen([sys.executable, "-m", "minisupernet.workers"], stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "minisupernet.reruns.workers"], stdin=subprocess.PIPE, text=True)
     process.stdin.write(json.dumps(order) + "\n")
     process.stdin.flush()
     wait_for((folder / f"{task.name}.safetensors").exists)

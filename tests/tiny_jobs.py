@@ -1,7 +1,7 @@
 """Jobs of milliseconds that go wrong on demand; this file is also the process that does one, and a sweep of many.
 
-`python tiny_jobs.py serve` does what `python -m minisupernet.workers` does; `python tiny_jobs.py sweep FOLDER COUNT`
-does COUNT counting jobs on two workers.
+`python tiny_jobs.py serve` does what `python -m minisupernet.reruns.workers` does; `python tiny_jobs.py sweep FOLDER
+COUNT` does COUNT counting jobs on two workers.
 """
 
 import json
@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minisupernet.files import whole_file
-from minisupernet.jobs import Job
-from minisupernet.sweeps import Task, open_executor, run_tasks
-from minisupernet.workers import serve
+from minisupernet.reruns.jobs import Job
+from minisupernet.reruns.sweeps import Task, open_executor, run_tasks
+from minisupernet.reruns.workers import serve
 
 COMMAND = [sys.executable, __file__, "serve"]
 STEPS = 6

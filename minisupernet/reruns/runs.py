@@ -19,8 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from minisupernet.files import FileError, data_folder, whole_file
-from minisupernet.inputs import notebook_fingerprint
-from minisupernet.parameters import RunError, plain, suggestion
+from minisupernet.reruns.inputs import notebook_fingerprint
+from minisupernet.reruns.parameters import RunError, plain, suggestion
 
 __all__ = [
     "RunError", "check_parameters", "course_notebooks", "execute", "find_notebook", "refresh", "run_all",

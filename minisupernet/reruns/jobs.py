@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisupernet.inputs import notebook_fingerprint, package_fingerprint
-from minisupernet.parameters import RunError, override, plain, suggestion
-from minisupernet.runs import check_parameters, execute, find_notebook, writing
+from minisupernet.reruns.inputs import notebook_fingerprint, package_fingerprint
+from minisupernet.reruns.parameters import RunError, override, plain, suggestion
+from minisupernet.reruns.runs import check_parameters, execute, find_notebook, writing
 
 __all__ = ["ExperimentJob", "Job", "NotebookJob", "StudyJob", "make_job"]
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from minisupernet.files import whole_file
-from minisupernet.jobs import Job, make_job
-from minisupernet.parameters import RunError
-from minisupernet.runs import writing
+from minisupernet.reruns.jobs import Job, make_job
+from minisupernet.reruns.parameters import RunError
+from minisupernet.reruns.runs import writing
 
 __all__ = ["Claimed", "Outcome", "attempt", "carry_out", "finished", "one_line", "serve"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisupernet.files import whole_file
-from minisupernet.sweeps import Sweep, Task
-from minisupernet.workers import finished
+from minisupernet.reruns.sweeps import Sweep, Task
+from minisupernet.reruns.workers import finished
 
 if TYPE_CHECKING:
     from minisupernet.results import Interval

@@ -26,7 +26,7 @@ def notebook_fingerprint(path: Path, parameters: Mapping[str, Any], root: Path) 
 
 def package_fingerprint(modules: Iterable[str], parameters: Mapping[str, Any]) -> str:
     """The same for a run of the package alone, which these modules of it carry out: they and all that they import."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return _checksum([], code_used(modules, package), package.parent, parameters, Path())
 
 

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisupernet.jobs import Job, make_job
-from minisupernet.parameters import RunError, plain, suggestion
-from minisupernet.workers import Outcome, attempt, finished, one_line
+from minisupernet.reruns.jobs import Job, make_job
+from minisupernet.reruns.parameters import RunError, plain, suggestion
+from minisupernet.reruns.workers import Outcome, attempt, finished, one_line
 
 __all__ = ["Sweep", "Task", "open_executor", "read_sweep", "run_tasks", "tasks_of"]
 
 MOST_RUNS = 10_000
-SERVE = (sys.executable, "-m", "minisupernet.workers")
+SERVE = (sys.executable, "-m", "minisupernet.reruns.workers")
 
 
 @dataclass(frozen=True)
