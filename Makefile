@@ -31,10 +31,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 data: $(READY) ## download CIFAR-100 and CIFAR-10
 	$(BIN)/python -m minisupernet data
 
-bench: $(READY) ## time a training step beside its peers, and rewrite the tables and the figure of it
+bench: $(READY) ## time a training step beside its peers, and rewrite the tables and the figure
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target _build/peers -r benchmarks/peers.txt
-	for threads in 1 2; do $(BIN)/python -W ignore benchmarks/training.py --threads $$threads \
-	    --peers _build/peers --out results/05_speed.json || exit 1; done
+	$(BIN)/python -W ignore benchmarks/training.py --peers _build/peers --out results/05_speed.json
 	$(BIN)/python benchmarks/growth.py --out results/05_growth.json
 	$(BIN)/python benchmarks/speed_report.py
 

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -16,8 +17,6 @@ from torch.nn import functional as F
 from minisupernet.supernet import SuperNet
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
 from minisupernet.training import keep_memory
-
-__all__ = ["HIDDEN", "IMAGES", "NAMES", "OURS", "PARTS", "PLAIN", "Z_DIM", "Contest", "measure", "peak", "serve"]
 
 NAMES = OURS, VMAP, TUNED, PLAIN, *LIBRARIES = (
     "minisupernet", "torch.func.vmap", "tuned loop", "plain loop", "hypnettorch", "hyperlight",
@@ -188,12 +187,13 @@ def serve(pipe: Connection, name: str, peers: str) -> None:
     if name == OURS:  # it is part of this package; the others have the memory they would have
         keep_memory()
     contest = None
-    for order, *arguments in iter(pipe.recv, None):
-        try:
-            if order == "prepare":
-                contest, reply = Contest(name, *arguments), None
-            else:
-                reply = peak() if order == "peak" else getattr(contest, order)(*arguments)
-        except Exception as error:  # the driver says it
-            reply = error
-        pipe.send(reply)
+    with suppress(EOFError):  # the driver has ended
+        for order, *arguments in iter(pipe.recv, None):
+            try:
+                if order == "prepare":
+                    contest, reply = Contest(name, *arguments), None
+                else:
+                    reply = peak() if order == "peak" else getattr(contest, order)(*arguments)
+            except Exception as error:  # the driver says it
+                reply = error
+            pipe.send(reply)

@@ -28,8 +28,6 @@ from minisupernet.supernet import SuperNet
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
 from minisupernet.training import keep_memory
 
-__all__ = ["SHARED", "SWEEPS", "Large", "Point", "costs", "in_new_process", "large_step", "measure_point"]
-
 
 @dataclass(frozen=True)
 class Point:

@@ -6,11 +6,9 @@ python benchmarks/speed_report.py
 import json
 from pathlib import Path
 
-from contestants import NAMES, OURS, PARTS, PLAIN
+from contestants import NAMES, PARTS, PLAIN
 
 from minisupernet.plots import new_figure
-
-__all__ = ["BLOCKS", "filled", "parts_table", "read", "steps_table"]
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = {"tasks": "tasks T", "images": "images a task B", "z_dim": "numbers in z", "channels": "filters of the target"}
@@ -35,7 +33,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 def number(value: float | None, digits: int = 0) -> str:
     """A number as it stands in a table; a dash for what was left out."""
-    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def steps_table(speed: dict) -> str:
@@ -61,8 +59,8 @@ def verdict(speed: dict) -> str:
     loop, peer = row["times_faster_than_loop"], row["times_faster_than_best_peer"]
     outcome = "The aims were" if loop >= AIMS[0] and peer >= AIMS[1] else "The aims were not reached: they were"
     return (
-        f"At {AT} tasks and {row['threads']} threads the step is {loop:.1f} times as fast as the {PLAIN} and {peer:.1f} "
-        f"times as fast as the best peer, {row['best_peer']}. {outcome} {AIMS[0]} and {AIMS[1]} times."
+        f"At {AT} tasks and {row['threads']} threads the step is {loop:.1f} times as fast as the {PLAIN} and "
+        f"{peer:.1f} times as fast as the best peer, {row['best_peer']}. {outcome} {AIMS[0]} and {AIMS[1]} times."
     )
 
 
@@ -73,14 +71,6 @@ def parts_table(speed: dict) -> str:
     for name, parts in row["milliseconds"]["wall"].items():
         lines.append([name, *(number(parts[part], 1) for part in PARTS), number(row["peak_megabytes"][name])])
     return markdown(lines)
-
-
-def imports(speed: dict) -> str:
-    """What importing costs."""
-    torch, ours = (speed["import_seconds"][module] for module in ("torch", "minisupernet.supernet"))
-    return (
-        f"Starting Python and importing `minisupernet.supernet` takes {ours:.1f} s; `torch` alone takes {torch:.1f} s."
-    )
 
 
 def large(growth: dict) -> str:
@@ -97,7 +87,7 @@ BLOCKS = {
     "README.md": {"steps": ("05_speed.json", steps_table)},
     "book/speed.md": {
         "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
-        "parts": ("05_speed.json", parts_table), "imports": ("05_speed.json", imports),
+        "parts": ("05_speed.json", parts_table),
         "growth": ("05_growth.json", lambda growth: f"![{ALT}](images/growth.png)"),
         "large": ("05_growth.json", large),
     },
@@ -124,6 +114,9 @@ def draw(growth: dict, path: Path) -> None:
             axis[column].plot(x, [row[formula] * scale for row in rows], "--", label="formula")
             axis[column].set(xscale="log", yscale="log", xticks=x, xticklabels=x)
             axis[column].minorticks_off()
+            if column:
+                axis[column].sharey(axis[0])
+                axis[column].tick_params(labelleft=False)
         axes[1][column].set_xlabel(label)
     axes[0][0].set_ylabel("ms a step")
     axes[1][0].set_ylabel("memory, MB")

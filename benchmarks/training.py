@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +25,8 @@ from contestants import HIDDEN, IMAGES, NAMES, OURS, PARTS, PLAIN, Z_DIM, measur
 
 from minisupernet.target import TaskClassifier, WeightSpec
 
-__all__ = ["Worker", "difference", "race", "summary"]
-
 MANY = 100  # with more tasks than this only the whole step is timed
-LONGEST = 8e3  # milliseconds: a contestant whose first step takes longer is left out there
+LONGEST = 8e3  # milliseconds: where its first step takes longer, the plain loop is left out
 
 
 class Worker:
@@ -59,10 +56,10 @@ class Worker:
 def difference(answers: dict[str, list[np.ndarray]], most: float) -> float:
     """The largest relative difference of an answer from the plain loop's; ends the program above `most`."""
     found = {
-        name: max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(own, answers[PLAIN], strict=True))
+        name: np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in zip(own, answers[PLAIN], strict=True)])
         for name, own in answers.items()
     }
-    worst = max(found, key=found.get)
+    worst = max(found, key=lambda name: np.nan_to_num(found[name], nan=np.inf))
     if not found[worst] <= most:
         sys.exit(f"{worst} differs from the {PLAIN} by {found[worst]:.1e}, more than {most:.0e}: nothing was timed.")
     return float(f"{found[worst]:.1e}")
@@ -74,7 +71,7 @@ def race(workers: dict[str, Worker], threads: int, parts: tuple[str, ...], repea
     for repeat in range(repeats + 1):
         for name in random.Random(repeat).sample(list(times), len(times)):  # nobody always follows the same one
             taken = workers[name].ask("repeat", threads, parts)
-            if not repeat and taken["step"][0] > LONGEST:
+            if not repeat and name == PLAIN and taken["step"][0] > LONGEST:
                 del times[name]
             elif repeat:
                 for part in parts:
@@ -99,7 +96,7 @@ def operations(tasks: int) -> float:
 
 
 def summary(times: dict[str, dict[str, list]], tasks: int, rate: float) -> dict:
-    """Medians of all contestants, and what follows from the time on the clock; None for a loop that was left out."""
+    """Medians of all contestants, and what follows from the time on the clock (None: no plain loop)."""
     medians = {
         clock: {
             name: {part: round(statistics.median(t[k] for t in taken), 2) for part, taken in parts.items()}
@@ -116,12 +113,6 @@ def summary(times: dict[str, dict[str, list]], tasks: int, rate: float) -> dict:
         "matrix_rate_gflops": rate, "operations_millions": operations(tasks),
         "share_of_matrix_rate": round(operations(tasks) / mine / rate, 3),
     }  # fmt: skip
-
-
-def import_seconds(module: str, repeats: int = 5) -> float:
-    """Seconds on the clock from starting Python to its end, after importing one module (median)."""
-    work = lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)  # noqa: E731
-    return round(statistics.median(measure(work)[0] for _ in range(repeats)) / 1e3, 2)
 
 
 def rows(workers: dict[str, Worker], sizes: list[int], threads: list[int], repeats: int) -> list[dict]:
@@ -161,7 +152,6 @@ def main() -> None:
         "cores": os.cpu_count(), "machine": f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}",
         "python": platform.python_version(), "torch": torch.__version__, "images": IMAGES,
         "peers": {name: version(name) for name in ("hypnettorch", "hyperlight")},
-        "import_seconds": {module: import_seconds(module) for module in ("torch", "minisupernet.supernet")},
         "largest_difference_in_float64": exact,
         "rows": rows(workers, options.tasks, options.threads, options.repeats),
     }  # fmt: skip
