@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisupernet.reruns.runs import RunError, course_notebooks, run_all, writing
+from minisupernet.reruns.parameters import RunError
+from minisupernet.reruns.runs import course_notebooks, run_all, writing
 
 __all__ = ["assemble", "build_html", "make_book"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from minisupernet.training import step_generator
 
 if TYPE_CHECKING:
-    from minisupernet.experiments import Bench
+    from minisupernet import experiments
 
 __all__ = ["dimensions_used", "line", "measure_geometry", "neighbours", "twins", "variances"]
 
@@ -58,7 +58,7 @@ def twins(z: Tensor, others: Tensor) -> float:
     return round(F.cosine_similarity(z, others).mean().item(), 4)
 
 
-def line(bench: Bench, start: list[int], end: list[int]) -> dict[str, list[float]]:
+def line(bench: experiments.Bench, start: list[int], end: list[int]) -> dict[str, list[float]]:
     """Walk straight from the z of some trained tasks to that of others.
 
     Returns:
@@ -73,7 +73,7 @@ def line(bench: Bench, start: list[int], end: list[int]) -> dict[str, list[float
     }
 
 
-def measure_geometry(bench: Bench, fitted: Tensor) -> dict:
+def measure_geometry(bench: experiments.Bench, fitted: Tensor) -> dict:
     """All of the above for one trained generator and the vectors (T, z_dim) fitted to its held-out tasks."""
     trained, tasks = bench.trained, bench.tasks
     half = len(tasks) // 2
@@ -102,7 +102,7 @@ def measure_geometry(bench: Bench, fitted: Tensor) -> dict:
     return found
 
 
-def _in_few_directions(bench: Bench) -> dict[str, float]:
+def _in_few_directions(bench: experiments.Bench) -> dict[str, float]:
     """Mean test accuracy of the trained tasks when z keeps only its first k principal directions."""
     mean = bench.z.mean(0)
     _, _, directions = torch.linalg.svd(bench.z - mean, full_matrices=False)

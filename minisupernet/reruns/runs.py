@@ -23,7 +23,7 @@ from minisupernet.reruns.inputs import notebook_fingerprint
 from minisupernet.reruns.parameters import RunError, plain, suggestion
 
 __all__ = [
-    "RunError", "check_parameters", "course_notebooks", "execute", "find_notebook", "refresh", "run_all",
+    "check_parameters", "course_notebooks", "execute", "find_notebook", "refresh", "run_all",
     "run_notebook", "stand_in_folder", "writing",
 ]  # fmt: skip
 
