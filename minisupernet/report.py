@@ -146,9 +146,9 @@ def few_table(runs: Sequence[dict], setup: str) -> "Markdown":
     for size in _sizes(runs, setup):
         found = [compare(runs, setup, "z_only", arm, size) for arm in ("from_scratch", "fine_tuned")]
         means = [f"{100 * interval(list(task_means(runs, setup, arm, size).values())).mean:.1f}" for arm in CURVES]
-        rows.append([size or ALL_IMAGES, *means, *(each.percent() for each in found)])
+        rows.append([size or ALL_IMAGES, found[0].n, *means, *(each.percent() for each in found)])
     names = [ARM_NAMES[arm] for arm in CURVES]
-    return table(["images of a class", *names, "z only − from scratch", "z only − fine-tuned"], rows)
+    return table(["images of a class", "tasks", *names, "z only − from scratch", "z only − fine-tuned"], rows)
 
 
 def aims_table(runs: Sequence[dict], setup: str) -> "Markdown":
