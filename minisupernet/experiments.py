@@ -163,7 +163,7 @@ class Bench:
     def adapt_unfrozen(self, numbers: list[int]) -> list[float]:
         """Test accuracy of the original's code as written: z and a copy of the whole generator fitted, task by task."""
         rate = self.setup.training.rate
-        fit = replace(self.setup.adaptation, rate=rate, z_rate=2 * rate, seed=self.seed + 500)
+        fit = replace(self._fit(rate), z_rate=2 * rate)
         accuracies = []
         for number in numbers:
             data, generator = self.data([number]), copy.deepcopy(self.generator)

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from minisupernet.plots import COLOURS, ladder, new_figure, table
-from minisupernet.results import Interval, ResultError, difference, interval, task_means
+from minisupernet.results import Interval, difference, interval, task_means
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -34,6 +34,7 @@ SETUP_NAMES = {
     "original": "original set-up", "better": "better generator", "many_tasks": "many tasks",
     "unseen_pairs": "many tasks, unseen pairs",
 }  # fmt: skip
+ASIDE = ("unfrozen", "right_z", "wrong_z")  # arms that are not on the ladder: other tasks, or fewer
 CURVES = ("z_only", "fine_tuned", "from_scratch")
 ALL_IMAGES = 450  # of each class of CIFAR-100, 50 being kept for validation
 AIMS = (  # images of each class, the arm that z only is held against, by how much it may not fall short
@@ -81,24 +82,26 @@ def arms_table(runs: Sequence[dict]) -> "Markdown":
     return table(header, [row for row in rows if set(row[1:]) != {"not run"}])
 
 
+def _arms_in(runs: Sequence[dict], setup: str) -> list[str]:
+    """The arms that the recorded runs of this set-up measured, in the order of their names here."""
+    own = [run for run in runs if run["setup"] == setup]
+    return [arm for arm in ARM_NAMES if any(arm in run["arms"] or arm in run["trained"] for run in own)]
+
+
 def _cell(runs: Sequence[dict], setup: str, arm: str) -> str:
-    try:
-        found = interval(list(task_means(runs, setup, arm).values()))
-    except ResultError:
+    if arm not in _arms_in(runs, setup):
         return "not run"
+    found = interval(list(task_means(runs, setup, arm).values()))
     return f"{found.percent()}, n\u00a0=\u00a0{found.n}"
 
 
 def differences_table(runs: Sequence[dict]) -> "Markdown":
     """What z alone reaches against each control, paired by task; and the right z against the wrong one."""
-    controls = [arm for arm in ARM_NAMES if arm not in ("z_only", "unfrozen", "right_z", "wrong_z")]
     rows = []
     for setup in setups_in(runs):
+        controls = [arm for arm in _arms_in(runs, setup) if arm not in ("z_only", *ASIDE)]
         for first, second in [*(("z_only", arm) for arm in controls), ("right_z", "wrong_z")]:
-            try:
-                found = compare(runs, setup, first, second)
-            except ResultError:
-                continue
+            found = compare(runs, setup, first, second)
             words = f"{ARM_NAMES[first]} − {ARM_NAMES[second]}"
             rows.append([SETUP_NAMES[setup], words, found.percent(), found.n, verdict(found)])
     return table(["set-up", "difference in points", "mean (95 % interval)", "tasks", "the first is"], rows)
@@ -106,13 +109,8 @@ def differences_table(runs: Sequence[dict]) -> "Markdown":
 
 def recorded_ladder(runs: Sequence[dict], setup: str) -> "Figure":
     """The ladder of one set-up: every held-out task, means and intervals."""
-    order = [arm for arm in ARM_NAMES if arm not in ("unfrozen", "right_z", "wrong_z")]
-    values = {}
-    for arm in order:
-        try:
-            values[ARM_NAMES[arm]] = list(task_means(runs, setup, arm).values())
-        except ResultError:
-            continue
+    order = [arm for arm in _arms_in(runs, setup) if arm not in ASIDE]
+    values = {ARM_NAMES[arm]: list(task_means(runs, setup, arm).values()) for arm in order}
     data = " and ".join(sorted({run["data"]["name"].upper().replace("CIFAR", "CIFAR-") for run in runs}))
     return ladder(values, f"test accuracy (%), {SETUP_NAMES[setup]}, {data}")
 

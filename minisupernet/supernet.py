@@ -191,9 +191,11 @@ def train_generator(
     def vectors_of(tasks: TaskImages) -> Tensor:
         return vectors(torch.arange(len(tasks.tasks), device=device))
 
+    def measure() -> Tensor:
+        return accuracy(target, generator(vectors_of(watch)), watch, "validation")
+
     learned = [] if one_hot else list(vectors.parameters())
     optimizer = fit.make_optimizer(list(generator.parameters()), learned)
-    measure = lambda: accuracy(target, generator(vectors_of(watch)), watch, "validation")  # noqa: E731
     history = minimise(state, optimizer, loss_at, fit, measure, checkpoint)
     return vectors_of(data).detach(), history
 
