@@ -147,7 +147,7 @@ def add_experiment(commands: argparse._SubParsersAction) -> None:
     """`experiment`: run experiment 1 or 2 and record what it measured."""
     parser = commands.add_parser("experiment", help="run experiment 1 or 2 and record it as JSON; needs no Jupyter")
     parser.add_argument("number", type=int, choices=(1, 2))
-    parser.add_argument("--setup", default="many_tasks", help="original, better, many_tasks (default) or unseen_pairs")
+    parser.add_argument("--setup", default="many_tasks", help="which settings (many_tasks; see minisupernet.setups)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run a seed (0)")
     parser.add_argument("--folds", type=int, nargs="+", help="which tasks are held out (fold s for seed s)")
     parser.add_argument("--data", default="cifar100", help="auto, cifar100, shapes100 or a .npz file (cifar100)")

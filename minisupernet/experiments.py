@@ -50,11 +50,12 @@ class Bench:
     def __init__(self, setup: Setup, images: ImageSet, seed: int = 0, fold: int | None = None) -> None:
         self.setup, self.images, self.seed = setup, images, seed
         self.fold = seed % setup.folds if fold is None else fold
-        self.target = TaskClassifier(head_activation=not setup.faithful).to(images.device)
+        self.target = TaskClassifier(channels=setup.channels, head_activation=not setup.faithful).to(images.device)
         self.spec = WeightSpec.of(self.target)
         self.tasks = (experiment_1, experiment_2)[setup.experiment - 1](images.classes)
         self.trained, self.held_out = hold_out(setup.experiment, self.fold, setup.folds, images.classes, setup.pairs)
         self.generator, self.z = self.new_generator(seed), None
+        self.fitted: dict[float, Tensor] = {}  # what the arm `z_only` fitted last at each rate, (T, z_dim)
 
     def new_generator(self, seed: int) -> SuperNet:
         """A generator as the setup wants it, at its random start."""
@@ -63,13 +64,12 @@ class Bench:
             if self.setup.faithful:
                 generator = SuperNet.original(self.spec, self.setup.z_dim)
             else:
-                generator = SuperNet(self.spec, self.setup.z_dim, self.setup.hidden)
+                generator = SuperNet(self.spec, self.setup.z_dim, self.setup.hidden, self.setup.bound, self.setup.z_share)
         return generator.to(self.images.device)
 
     def images_of(self, tasks: BinaryTasks, per_class: int | None = None) -> TaskImages:
         """The images of any tasks, as this set-up shows them; of each class the first `per_class` to train on."""
-        raw, augmentation = self.setup.faithful, self.setup.augmentation
-        return TaskImages(self.images, tasks, per_class=per_class, raw=raw, **augmentation)
+        return TaskImages(self.images, tasks, per_class=per_class, raw=self.setup.raw, **self.setup.augmentation)
 
     def data(self, numbers: list[int], per_class: int | None = None) -> TaskImages:
         """The images of the tasks with these numbers."""
@@ -91,7 +91,7 @@ class Bench:
         vectors = ClassVectors(tasks, self.setup.z_dim, self.seed) if self.setup.many_tasks else None
         z, history = train_generator(
             self.generator, self.target, self.images_of(tasks), fit, vectors,
-            one_hot=self.setup.faithful, watch=self.data(self.trained), checkpoint=checkpoint,
+            one_hot=self.setup.one_hot, watch=self.data(self.trained), checkpoint=checkpoint,
         )  # fmt: skip
         self.z = z[: len(self.trained)]
         return history
@@ -128,6 +128,8 @@ class Bench:
         if arm in ("z_only", "random_generator"):
             generator = self.generator if arm == "z_only" else self.new_generator(self.seed + 1_000)
             z = self.fit_z(generator, rate, data)
+            if arm == "z_only":
+                self.fitted[rate] = z
             with torch.no_grad():
                 return generator(z)
         if arm == "one_network":
@@ -203,7 +205,7 @@ def run_experiment(
     report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {fmean(trained['right_z']):.3f}")
     before, size = fingerprint(bench.generator), sum(each.numel() for each in bench.generator.parameters())
     arms = _measure_arms(bench, report)
-    fitted = bench.fit_z(bench.generator, arms["z_only"]["rate"], bench.data(bench.held_out))  # (T, z_dim)
+    fitted = bench.fitted[arms["z_only"]["rate"]]  # (T, z_dim)
     arms["other_z"] = {"test": bench.test_z(fitted.roll(1, 0))}
     few = {str(count): _few_images(bench, count, report) for count in setup.sizes}
     frozen_proof = {"sha256_before": before, "sha256_after": fingerprint(bench.generator), "seconds": round(seconds, 1)}
@@ -254,15 +256,15 @@ def best_rate(
         per_class: training images of each class; None for all.
 
     Returns:
-        Its "rate", "validation" accuracy and "test" accuracies, one a held-out task; and what was "tried".
+        Its "rate" and mean "validation"; "test" and "validation_each", a value a held-out task; and what was "tried".
     """
     data, tried, best = bench.data(bench.held_out, per_class), [], None
     for rate in rates or bench.setup.rates[arm]:
         weights = bench.adapt(arm, rate, data)
-        validation = round(accuracy(bench.target, weights, data, "validation").mean().item(), 4)
-        tried.append({"rate": rate, "validation": validation})
-        if best is None or validation > best["validation"]:
-            best, best_weights = tried[-1], weights
+        each = rounded(accuracy(bench.target, weights, data, "validation"))
+        tried.append({"rate": rate, "validation": round(fmean(each), 4)})
+        if best is None or tried[-1]["validation"] > best["validation"]:
+            best, best_weights, best_each = tried[-1], weights, each
     test = bench.test(best_weights)  # test images are met once, by the chosen rate
     report(f"{arm}: {fmean(test):.3f} at rate {best['rate']:g}")
-    return {**best, "test": test, "tried": tried}
+    return {**best, "test": test, "validation_each": best_each, "tried": tried}

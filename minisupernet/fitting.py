@@ -30,8 +30,9 @@ class FitError(ValueError):
 class Fit:
     """How a network, a z or a generator is fitted; the same for every arm of an experiment but for the rate.
 
-    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights, `z_rate` of task vectors;
-    `optimizer` "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle schedule, else a constant rate.
+    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights, `z_rate` of task vectors, and
+    their weight decays `decay` and `z_decay`; `optimizer` "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle
+    schedule, else a constant rate.
     """
 
     steps: int
@@ -42,14 +43,15 @@ class Fit:
     seed: int = 0
     optimizer: str = "adamw"
     decay: float = 1e-2
+    z_decay: float = 0.0
     cycle: bool = True
     every: int = 100
 
     def make_optimizer(self, weights: list[Tensor], z: list[Tensor]) -> torch.optim.Optimizer:
-        """An optimiser over weights, with weight decay, and task vectors, without it, each with its own rate."""
+        """An optimiser over weights and task vectors, each with its own rate and weight decay."""
         groups = [
             {"params": weights, "lr": self.rate, "weight_decay": self.decay},
-            {"params": z, "lr": self.z_rate, "weight_decay": 0.0},
+            {"params": z, "lr": self.z_rate, "weight_decay": self.z_decay},
         ]
         groups = [group for group in groups if group["params"]]
         if self.optimizer == "adamw":

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from minisupernet.fitting import Fit
 
-__all__ = ["SETUPS", "Setup", "SetupError", "better", "many_tasks", "original", "unseen_pairs"]
+__all__ = ["SETUPS", "Setup", "SetupError", "better", "many_tasks", "original", "search", "unseen_pairs"]
 
 Rates = dict[str, tuple[float, ...]]
 
@@ -29,7 +29,12 @@ class Setup:
     rates: Rates
     z_dim: int = 16
     hidden: tuple[int, ...] = (64,)
-    faithful: bool = False  # the original's generator, classifier, start and raw pixels
+    faithful: bool = False  # the original's generator, classifier and start
+    one_hot: bool = False  # z of a trained task is a unit vector, none is learned
+    raw: bool = False  # pixels from 0 to 255, not normalised
+    bound: float | None = None  # the largest absolute weight, by tanh
+    z_share: float = 0.2  # of the variance at the start
+    channels: int = 16  # of the classifier's convolutions
     many_tasks: bool = False  # train on every pair of the trained tasks' classes, z being a difference of class vectors
     own_share: float = 0.0  # with many tasks: the share of the drawn ones that are the experiment's own, not pairs
     augmentation: dict[str, int] = field(default_factory=dict)
@@ -53,7 +58,7 @@ def original(experiment: int, profile: str = "full") -> Setup:
     adaptation = replace(training, steps=1_000 if full else 200, tasks=None, every=1_000)
     rates = {"z_only": (2e-4,), "random_generator": (2e-4,), "from_scratch": (1e-4,), "fine_tuned": (1e-4,)}
     return Setup(
-        "original", experiment, training, adaptation, rates, 100, (), faithful=True,
+        "original", experiment, training, adaptation, rates, 100, (), faithful=True, one_hot=True, raw=True,
         unfrozen=4 if full else 0, folds=_small_folds(experiment),
     )  # fmt: skip
 
@@ -109,7 +114,17 @@ def unseen_pairs(experiment: int = 2, profile: str = "full") -> Setup:
     return replace(many_tasks(2, profile), name="unseen_pairs", pairs=True)
 
 
-SETUPS = {"original": original, "better": better, "many_tasks": many_tasks, "unseen_pairs": unseen_pairs}
+def search(experiment: int = 2, profile: str = "full") -> Setup:
+    """What the search for a generator varies: that of many tasks, trained a third as long, and z alone fitted."""
+    setup = (many_tasks if experiment == 1 else unseen_pairs)(experiment, profile)
+    z_only = {"z_only": (1e-2, 3e-2)}
+    training = replace(setup.training, steps=min(setup.training.steps, 700))
+    return replace(setup, name="search", training=training, rates=z_only, few_rates=z_only, sizes=(20,))
+
+
+SETUPS = {
+    "original": original, "better": better, "many_tasks": many_tasks, "unseen_pairs": unseen_pairs, "search": search,
+}  # fmt: skip
 
 
 def _is_full(experiment: int, profile: str) -> bool:

@@ -12,7 +12,7 @@ from minisupernet.__main__ import main
 from minisupernet.experiments import ADAPTED, Bench, run_experiment
 from minisupernet.fitting import Fit
 from minisupernet.results import fingerprint, load_runs
-from minisupernet.setups import SETUPS, SetupError, better, many_tasks, original, unseen_pairs
+from minisupernet.setups import SETUPS, SetupError, better, many_tasks, original, search, unseen_pairs
 
 
 def short(setup, unfrozen=0):
@@ -78,6 +78,34 @@ def test_the_whole_ladder_the_few_images_and_the_geometry(make, experiment, many
         assert geometry["twins"] == pytest.approx(-1, abs=1e-4)  # class vectors mirror a reversed task
         assert ("mirrored_z" in geometry) == (make is many_tasks)
     json.dumps(run)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"one_hot": True, "many_tasks": False, "z_dim": 16, "hidden": ()},
+        {"bound": 1.0, "z_share": 0.5},
+        {"raw": True, "augmentation": {}},
+        {"channels": 8},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_search_varies_reaches_the_run(change, many_squares):
+    setup = dataclasses.replace(short(search(2)), **change)
+    bench = Bench(setup, many_squares)
+    assert bench.data([0]).batch(0, 0, 4)[1].max() > 200 or not setup.raw
+    assert (bench.generator.bound, bench.target.convolutions[0].out_channels) == (setup.bound, setup.channels)
+    run = run_experiment(setup, many_squares, report=lambda line: None)
+    assert set(run["arms"]) == {"z_only", "no_adaptation", "other_z"} and set(run["few"]) == {"20"}
+    assert run["parameters"]["target"] == bench.spec.size
+
+
+def test_task_vectors_decay_as_the_fit_says():
+    z = torch.nn.Parameter(torch.ones(3))
+    optimizer = Fit(1, z_rate=0.1, z_decay=0.5).make_optimizer([], [z])
+    z.grad = torch.zeros(3)
+    optimizer.step()
+    torch.testing.assert_close(z.detach(), torch.full((3,), 0.95))
 
 
 def test_few_images_are_the_first_of_each_class(many_squares):
@@ -177,7 +205,7 @@ def test_the_command_records_a_run_for_each_seed(tmp_path, squares_file, monkeyp
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--setup", "best"], "no set-up 'best'; use one of original, better, many_tasks, unseen_pairs"),
+        (["--setup", "best"], "no set-up 'best'; use one of original, better, many_tasks, unseen_pairs, search"),
         (["--data", "cifar1000"], "cifar1000"),
         (["--device", "tpu"], "device 'tpu' is not available here"),
     ],
