@@ -59,12 +59,13 @@ class Bench:
 
     def new_generator(self, seed: int) -> SuperNet:
         """A generator as the setup wants it, at its random start."""
+        setup = self.setup
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if self.setup.faithful:
-                generator = SuperNet.original(self.spec, self.setup.z_dim)
+            if setup.faithful:
+                generator = SuperNet.original(self.spec, setup.z_dim)
             else:
-                generator = SuperNet(self.spec, self.setup.z_dim, self.setup.hidden, self.setup.bound, self.setup.z_share)
+                generator = SuperNet(self.spec, setup.z_dim, setup.hidden, setup.bound, setup.z_share)
         return generator.to(self.images.device)
 
     def images_of(self, tasks: BinaryTasks, per_class: int | None = None) -> TaskImages:
@@ -101,8 +102,8 @@ class Bench:
         if not self.setup.faithful:
             return self.z.mean(0)
         limit = (6 / (1 + self.setup.z_dim)) ** 0.5
-        random = step_generator(self.seed, -1)
-        return ((torch.rand(self.setup.z_dim, generator=random) * 2 - 1) * limit).to(self.images.device)
+        random = torch.rand(self.setup.z_dim, generator=step_generator(self.seed, -1))
+        return ((random * 2 - 1) * limit).to(self.images.device)
 
     def shared_weights(self) -> Tensor:
         """The one network nobody adapted, (1, P): of the mean z, or of z = 0 for the original (its shared column)."""
@@ -208,7 +209,7 @@ def run_experiment(
     fitted = bench.fitted[arms["z_only"]["rate"]]  # (T, z_dim)
     arms["other_z"] = {"test": bench.test_z(fitted.roll(1, 0))}
     few = {str(count): _few_images(bench, count, report) for count in setup.sizes}
-    frozen_proof = {"sha256_before": before, "sha256_after": fingerprint(bench.generator), "seconds": round(seconds, 1)}
+    frozen = {"sha256_before": before, "sha256_after": fingerprint(bench.generator), "seconds": round(seconds, 1)}
     return {
         "setup": setup.name,
         "experiment": setup.experiment,
@@ -220,7 +221,7 @@ def run_experiment(
         "few": few,
         "trained": trained,
         "geometry": measure_geometry(bench, fitted),
-        "generator": frozen_proof,
+        "generator": frozen,
         "history": history.rows,
         "parameters": {"target": bench.spec.size, "z": setup.z_dim, "generator": size},
         "tasks": {"trained": len(bench.training_tasks()), "held_out": len(bench.held_out)},
@@ -240,7 +241,6 @@ def _measure_arms(bench: Bench, report: Callable[[str], None] = print) -> dict[s
 
 
 def _few_images(bench: Bench, count: int, report: Callable[[str], None]) -> dict[str, dict]:
-    """The arms of the few-image curve, with `count` training images of each class."""
     report(f"{count} images a class:")
     return {arm: best_rate(bench, arm, report, rates, count) for arm, rates in bench.setup.few_rates.items()}
 
