@@ -8,12 +8,14 @@ from pathlib import Path
 
 from minisupernet.reruns.parameters import RunError
 from minisupernet.reruns.runs import course_notebooks, run_all, writing
+from minisupernet.status import status_page
 
 __all__ = ["assemble", "build_html", "make_book"]
 
 
 def assemble(root: Path, notebooks: Sequence[Path], target: Path) -> Path:
-    """Put the book's settings and pages and these notebooks into the folder `target`, made anew, and return it."""
+    """Put the book's settings, its pages, these notebooks and the status of their runs into the folder `target`, made
+    anew, and return it."""
     with writing(target):
         shutil.rmtree(target)
         shutil.copytree(root / "book", target / "book", ignore=shutil.ignore_patterns("__pycache__"))
@@ -22,6 +24,8 @@ def assemble(root: Path, notebooks: Sequence[Path], target: Path) -> Path:
             shutil.copy(file, target)
         for notebook in notebooks:
             shutil.copy(notebook, target / "notebooks")
+        page = status_page(notebooks, sorted((root / "results").glob("*.json")))
+        (target / "book" / "status.md").write_text(page, encoding="utf-8")
     return target
 
 

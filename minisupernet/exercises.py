@@ -15,10 +15,7 @@ def check(answer: Answer, expected: Answer, hint: str, tolerance: float = 0.0) -
 
     An answer of None counts as not given yet.
     """
-    if answer is None:
-        print("No answer yet.")
-    else:
-        print("Right." if _same(answer, expected, tolerance) else f"Not yet: {hint}")
+    print("No answer yet." if answer is None else _verdict(answer, expected, hint, tolerance))
 
 
 def check_function(
@@ -34,16 +31,24 @@ def check_function(
         except Exception as error:  # whatever the reader's code raises is the answer to show
             print(f"Not yet: your function stops with {type(error).__name__}: {error}")
             return
-        if got is None:
-            print("No answer yet.")
-            return
-        if not _same(got, expected(*arguments), tolerance):
-            print(f"Not yet: {hint}")
+        said = "No answer yet." if got is None else _verdict(got, expected(*arguments), hint, tolerance)
+        if said != "Right.":
+            print(said)
             return
     print("Right.")
 
 
+def _verdict(answer: Answer, expected: Answer, hint: str, tolerance: float) -> str:
+    if _same(answer, expected, tolerance):
+        return "Right."
+    if isinstance(answer, Tensor) and isinstance(expected, Tensor) and answer.shape != expected.shape:
+        hint += f" Your shape is {tuple(answer.shape)}, the right one {tuple(expected.shape)}."
+    return f"Not yet: {hint}"
+
+
 def _same(answer: Answer, expected: Answer, tolerance: float) -> bool:
+    if getattr(answer, "shape", None) == ():  # a tensor or an array of one number is that number
+        answer = answer.item()
     if isinstance(expected, bool | str) or isinstance(answer, bool | str):
         return type(answer) is type(expected) and answer == expected
     try:

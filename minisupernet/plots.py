@@ -18,7 +18,7 @@ __all__ = ["COLOURS", "curves", "image_grid", "kernel_grid", "ladder", "new_figu
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito
 
 
-def new_figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 3.2) -> tuple["Figure", object]:
+def new_figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 3.0) -> tuple["Figure", object]:
     """An empty figure in the course's style and its axes; `width` and `height` in inches, for the whole figure."""
     import matplotlib.pyplot as plt
 
@@ -26,7 +26,7 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: floa
         "figure.dpi": 100,
         "savefig.dpi": 100,
         "figure.facecolor": "white",
-        "font.size": 10,
+        "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.prop_cycle": plt.cycler(color=COLOURS),
@@ -83,8 +83,8 @@ def ladder(
     for row, values in enumerate(arms.values()):
         colour, found = COLOURS[row % len(COLOURS)], interval(values)
         axes.plot([100 * v for v in values], [row] * len(values), "o", color=colour, alpha=0.25, markersize=4)
-        axes.plot([100 * found.low, 100 * found.high], [row, row], color=colour, linewidth=3)
-        axes.plot(100 * found.mean, row, "D", color=colour, markeredgecolor="white", markersize=8)
+        axes.plot([100 * found.low, 100 * found.high], [row, row], "|-", color="black", linewidth=1.5, markersize=9)
+        axes.plot(100 * found.mean, row, "D", color=colour, markeredgecolor="black", markersize=6)
         axes.annotate(f"{100 * found.mean:.1f}", (1.01, row), xycoords=("axes fraction", "data"), va="center")
     if chance is not None:
         axes.axvline(100 * chance, color=COLOURS[-1], linestyle="--", linewidth=1)

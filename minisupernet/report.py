@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARM_NAMES", "aims_table", "arms_table", "compare", "cost_table", "differences_table", "few_images", "few_table",
-    "geometry_table", "recorded_ladder", "recorded_walk", "setups_in", "verdict",
+    "geometry_table", "recorded_ladder", "recorded_walk", "search_table", "setups_in", "verdict",
 ]  # fmt: skip
 
 ARM_NAMES = {
@@ -194,3 +194,32 @@ def geometry_table(runs: Sequence[dict]) -> "Markdown":
     last = "same superclass as its nearest neighbour, against chance" if superclasses else "cosine of twins"
     few_header = "accuracy (%) with 1 / 4 / 16 / all directions kept"
     return table(["set-up", "seed", "fold", "directions used", few_header, last], rows)
+
+
+def search_table(runs: Sequence[dict]) -> "Markdown":
+    """The search for a generator: what each run changed, and the accuracy of z alone on validation images, all and few.
+
+    Differences are from the run that changed nothing, paired by task.
+    """
+    (base,) = (run for run in runs if not run["overrides"])
+    size = min(base["few"], key=int)
+
+    def each(run: dict, count: str | None) -> dict[int, float]:
+        return task_means([run], run["setup"], "z_only", count, "validation_each")
+
+    rows = []
+    for run in sorted(runs, key=lambda run: -run["arms"]["z_only"]["validation"]):
+        cells = [_changes(run["overrides"] or {}), f"{run['parameters']['generator']:,}"]
+        for count in (None, size):
+            mean = interval(list(each(run, count).values())).mean
+            against = "" if run is base else f" ({difference(each(run, count), each(base, count)).percent()})"
+            cells.append(f"{100 * mean:.1f}{against}")
+        rows.append(cells)
+    header = "z only, validation, %; in brackets points above the start (95 % interval)"
+    return table(["changed", "numbers in the generator", f"{header}", f"{size} images of a class"], rows)
+
+
+def _changes(overrides: dict) -> str:
+    """What a run changed, in words such as "z_dim 8"."""
+    words = [f"{name.removeprefix('training.')} {value}" for name, value in overrides.items()]
+    return "`" + ", ".join(words) + "`" if words else "**nothing**"

@@ -147,8 +147,10 @@ def results_file(name: str) -> Path:
     return in_repository if in_repository.exists() else here / "recorded" / name
 
 
-def task_means(runs: Sequence[dict], setup: str, arm: str, size: int | None = None) -> dict[int, float]:
-    """Test accuracy of each task under one arm, a mean over the runs that measured it: {task number: accuracy}.
+def task_means(
+    runs: Sequence[dict], setup: str, arm: str, size: int | None = None, measure: str = "test"
+) -> dict[int, float]:
+    """The accuracy of each task under one arm, a mean over the runs that measured it: {task number: accuracy}.
 
     Where both orientations of a pair are held out they count as one task, numbered as the first: they share images, and
     an interval over them as if they were two would be too narrow.
@@ -158,6 +160,7 @@ def task_means(runs: Sequence[dict], setup: str, arm: str, size: int | None = No
         setup: the name of a set-up, such as "original".
         arm: a key of a run's "arms" (held-out tasks), or "right_z" or "wrong_z" (trained tasks).
         size: training images of each class, for the arms measured with few; None for all.
+        measure: "test", or "validation_each" for the images on which choices are made.
 
     Raises:
         ResultError: where no run has it.
@@ -166,7 +169,7 @@ def task_means(runs: Sequence[dict], setup: str, arm: str, size: int | None = No
     for run in runs:
         arms = run["arms"] if size is None else run.get("few", {}).get(str(size), {})
         if run["setup"] == setup and arm in {**arms, **(run["trained"] if size is None else {})}:
-            values = arms[arm]["test"] if arm in arms else run["trained"][arm]
+            values = arms[arm][measure] if arm in arms else run["trained"][arm]
             numbers = run["held_out"] if arm in arms else _trained_tasks(run)
             for number, value in zip(numbers, values, strict=False):  # the unfrozen arm stops after a few tasks
                 found.setdefault(one_of_a_pair(number, run), []).append(value)

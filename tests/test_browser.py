@@ -1,13 +1,10 @@
 """The built book in a real browser: offline, readable on a phone, in light and dark, and open to everyone.
 
-These tests need Chromium (`apt install chromium`); where there is none they skip. They build the book from the stored
-outputs, or take the one that the environment variable `MINISUPERNET_BOOK` names.
+The fixtures `book`, `chromium` and `visit` are in conftest.py.
 """
 
 import functools
-import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,14 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from filelock import FileLock
 
-from minisupernet.book import make_book
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
 MEGABYTE = 1_000_000
 
 
@@ -34,31 +27,6 @@ def pages() -> list[str]:
 
 
 each_page = pytest.mark.parametrize("page", pages())
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
-
-
-@pytest.fixture(scope="session")
-def book(tmp_path_factory) -> Path:
-    """The folder of the built book; the processes of one test run build it once."""
-    if "MINISUPERNET_BOOK" in os.environ:
-        return Path(os.environ["MINISUPERNET_BOOK"])
-    shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    with FileLock(shared / "book.lock"):
-        if not (shared / "book.built").exists():
-            make_book(ROOT, committed=True)
-            (shared / "book.built").touch()
-    return ROOT / "_build" / "committed" / "html"
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as tools:
-        browser = tools.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -71,28 +39,6 @@ def server(book) -> Iterator[str]:
         serving.shutdown()
 
 
-@pytest.fixture
-def visit(book, chromium) -> Iterator:
-    """A function that opens one page of the book and returns it, with what it asked for and complained of."""
-    contexts = []
-
-    def open_page(page: str, size: dict = DESKTOP, scheme: str = "light"):
-        contexts.append(chromium.new_context(viewport=size, color_scheme=scheme))
-        tab = contexts[-1].new_page()
-        tab.requested, tab.complaints = [], []
-        tab.on("request", lambda request: tab.requested.append(request.url))
-        tab.on("console", lambda said: tab.complaints.append(said.text) if said.type == "error" else None)
-        tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.goto((book / f"{page}.html").as_uri())
-        tab.wait_for_load_state("networkidle")
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-@needs_chromium
 @each_page
 def test_a_page_is_whole_offline(page, visit, book):
     tab = visit(page)
@@ -105,7 +51,6 @@ def test_a_page_is_whole_offline(page, visit, book):
         assert tab.locator("mjx-container").count() >= formulas and not tab.locator("mjx-merror").count()
 
 
-@needs_chromium
 @each_page
 def test_nothing_overflows_on_a_phone(page, visit):
     tab = visit(page, PHONE)
@@ -113,7 +58,6 @@ def test_nothing_overflows_on_a_phone(page, visit):
     assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @each_page
 def test_axe_finds_nothing_serious(page, scheme, visit):
@@ -129,7 +73,6 @@ def test_axe_finds_nothing_serious(page, scheme, visit):
 SERIOUS = ("serious", "critical")
 
 
-@needs_chromium
 @pytest.mark.parametrize("where", ["disk", "server"])
 def test_search_finds_a_word_of_a_chapter(where, visit, book, server):
     tab = visit("search")

@@ -23,6 +23,8 @@ PARAMETERS = {"profile": "quick", "data": "auto", "seed": 0}
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 MYST = re.compile(r"^\s*(`{3,}|:{3,})\{|(?<!`)\{[a-zA-Z][\w:.+-]*\}`[^`\s]", re.MULTILINE)  # a directive, a role
+EQUATION = re.compile(r"\\tag\{([\d.]+)\}\n\$\$")  # the number of a displayed equation
+REFERENCE = re.compile(r"(?<!\w)\((\d\.\d)\)")  # and a sentence that names it
 MACHINE = re.compile(r"(?<![\w.])/(home|root|Users|tmp|usr|var|opt|work)/\w|\b[A-Z]:\\\\\w|site-packages")  # in JSON
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -64,8 +66,8 @@ def definitions(source: str) -> dict[str, str]:
     return found
 
 
-def is_solution(cell: NotebookNode) -> bool:
-    return "hide-cell" in tags(cell) or cell.source.startswith("#@title Solution")
+def is_folded(cell: NotebookNode) -> bool:
+    return "hide-cell" in tags(cell) or cell.source.startswith("#@title")
 
 
 def test_the_book_has_exactly_these_notebooks():
@@ -100,7 +102,7 @@ def test_outputs_are_small_and_tell_nothing_of_the_machine(path):
     for cell in code_cells(read(path)):
         stored = json.dumps(list(cell.outputs), ensure_ascii=False)
         assert "image/svg+xml" not in stored
-        text = re.sub(r'"image/png": "[^"]*"', "", stored)
+        text = re.sub(r'"image/png": "[^"]*"|data:image/webp;base64,[^"\\]*', "", stored)
         assert not MACHINE.search(text), f"{MACHINE.search(text)} in an output of: {cell.source[:60]}"
         if (user := getpass.getuser()) != "root":
             assert not re.search(rf"\b{re.escape(user)}\b", text)
@@ -112,6 +114,9 @@ def test_every_figure_is_described(path):
         if any("image/png" in output.get("data", {}) for output in cell.outputs):
             description = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
             assert len(description) >= 30, f"no mystnb.image.alt on: {cell.source[:60]}"
+        for output in cell.outputs:
+            for alt in re.findall(r'<img [^>]*?alt="([^"]*)"', output.get("data", {}).get("text/html", "")):
+                assert len(alt) >= 30, f"no description of what is to be seen in: {cell.source[:60]}"
 
 
 @each_notebook
@@ -122,10 +127,21 @@ def test_markdown_is_plain(path):
             assert not found, f"{found.group()} shows as raw text in JupyterLab"
 
 
+def test_equations_have_numbers_of_their_own_and_every_number_is_referred_to():
+    texts = {
+        int(path.stem[:2]): "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+        for path in NOTEBOOKS
+    }
+    numbers = [number for text in texts.values() for number in EQUATION.findall(text)]
+    for chapter, text in texts.items():
+        assert EQUATION.findall(text) == [f"{chapter}.{k}" for k in range(1, len(EQUATION.findall(text)) + 1)]
+    assert numbers and set(REFERENCE.findall("\n\n".join(texts.values()))) == set(numbers)
+
+
 @each_notebook
 def test_the_code_shown_is_the_code_of_the_package(path):
     cells = [cell for cell in code_cells(read(path)) if "package-code" in tags(cell)]
-    assert cells or path.stem < "02", "a chapter shows the code of its idea in a cell tagged package-code"
+    assert cells or path.stem[:2] in ("01", "10"), "a chapter shows the code of its idea in a cell tagged package-code"
     for cell in cells:
         module = re.match(r"# from minisupernet/(\w+)\.py\n", cell.source)
         assert module, f"the first line must be '# from minisupernet/<module>.py': {cell.source[:60]}"
@@ -137,11 +153,13 @@ def test_the_code_shown_is_the_code_of_the_package(path):
 
 
 @each_notebook
-def test_solutions_fold_everywhere(path):
-    for cell in filter(is_solution, code_cells(read(path))):
-        assert "hide-cell" in tags(cell)  # the book
-        assert cell.metadata.get("jupyter", {}).get("source_hidden") is True  # JupyterLab
-        assert cell.metadata.get("cellView") == "form" and cell.source.startswith("#@title Solution\n")  # Colab
+def test_solutions_and_mistakes_fold_everywhere(path):
+    shown_as = {"#@title Solution": "Show the solution", "#@title A typical mistake": "Show a typical mistake"}
+    for cell in filter(is_folded, code_cells(read(path))):
+        assert "hide-cell" in tags(cell)  # the book, which says what it hides
+        assert cell.metadata.mystnb.code_prompt_show == shown_as[cell.source.splitlines()[0]]
+        assert cell.metadata.jupyter.source_hidden is True  # JupyterLab
+        assert cell.metadata.cellView == "form"  # Colab
 
 
 def tiny_notebook() -> NotebookNode:

@@ -1,4 +1,4 @@
-"""Result files and intervals, figures and exercise checks."""
+"""Result files, intervals and fingerprints."""
 
 import json
 import threading
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from minisupernet.exercises import check, check_function
 from minisupernet.files import FileError, whole_file
 from minisupernet.results import ResultError, fingerprint, interval, load_runs, paired, record_run
 
@@ -104,33 +103,3 @@ def test_a_fingerprint_sees_one_bit():
     with torch.no_grad():
         model.weight[0, 0] = torch.nextafter(model.weight[0, 0], torch.tensor(9.0))
     assert fingerprint(model) != before
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "said"),
-    [
-        (None, 3, "No answer yet."),
-        (3, 3, "Right."),
-        (4, 3, "Not yet: count again"),
-        (3.05, 3.0, "Right."),
-        ("yes", "yes", "Right."),
-        (True, 1, "Not yet: count again"),
-        ("three", 3, "Not yet: count again"),
-        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), "Right."),
-        (torch.zeros(3), torch.zeros(2), "Not yet: count again"),
-    ],
-)
-def test_an_answer_is_judged(answer, expected, said, capsys):
-    check(answer, expected, hint="count again", tolerance=0.1)
-    assert capsys.readouterr().out.strip() == said
-
-
-def test_a_function_is_judged(capsys):
-    inputs = [(1.0,), (2.0,)]
-    check_function(lambda x: None, lambda x: x * x, inputs, "square it")
-    check_function(lambda x: x * x, lambda x: x * x, inputs, "square it")
-    check_function(lambda x: x, lambda x: x * x, inputs, "square it")
-    check_function(lambda x: x.missing, lambda x: x * x, inputs, "square it")
-    said = capsys.readouterr().out.splitlines()
-    assert said[:3] == ["No answer yet.", "Right.", "Not yet: square it"]
-    assert said[3].startswith("Not yet: your function stops with AttributeError")

@@ -304,16 +304,35 @@ def test_run_all_runs_the_others_and_names_every_failure(checkout, capfd):
     assert "01_tiny: ran in " in capfd.readouterr().out
 
 
-def test_refresh_stores_outputs_and_changes_nothing_else(checkout):
+def test_refresh_stores_outputs_and_notes_and_changes_nothing_else(checkout):
     path = checkout / "notebooks" / "01_tiny.ipynb"
     before = nbformat.read(path, 4)
+    left = nbformat.read(path, 4)  # as after a run of papermill in place
+    for holder in (left, *left.cells):
+        holder.metadata |= {"papermill": {"input_path": "/home/me/01_tiny.ipynb"}, "execution": {}}
+    nbformat.write(left, path)
     refresh(checkout)
     after = json.loads(path.read_text())
     assert printed(path) == "quick auto 0\n"
     assert [cell.get("execution_count") for cell in after["cells"]] == [None, 1, 2]
     for cell, old in zip(after["cells"], before.cells, strict=True):
         assert ("".join(cell["source"]), cell["metadata"]) == (old.source, old.metadata)
+    notes = after["metadata"].pop("minisupernet")
     assert after["metadata"] == before.metadata
+    assert notes["seconds"] > 0 and notes["profile"] == "quick" and notes["data"] == "auto"
+    assert notes["versions"]["torch"] and "cores: " in notes["device"] and str(Path.home()) not in str(notes)
+
+
+def test_what_a_run_notes_is_no_input(checkout):
+    refresh(checkout)
+    assert run_tiny(checkout) is True
+    first = json.loads((checkout / "notebooks" / "01_tiny.ipynb").read_text())
+    first["metadata"]["minisupernet"]["seconds"] += 1
+    (checkout / "notebooks" / "01_tiny.ipynb").write_text(json.dumps(first))
+    assert run_tiny(checkout) is False
+    first["metadata"]["kernelspec"]["display_name"] = "another"
+    (checkout / "notebooks" / "01_tiny.ipynb").write_text(json.dumps(first))
+    assert run_tiny(checkout) is True
 
 
 def test_the_book_is_assembled_from_the_runs_and_nothing_old_stays(checkout, executions, monkeypatch):
@@ -326,7 +345,8 @@ def test_the_book_is_assembled_from_the_runs_and_nothing_old_stays(checkout, exe
     monkeypatch.setattr(book, "build_html", lambda source, target: source)
     source = book.make_book(checkout, data="mine.npz", seed=4)
     files = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    assert files == ["_config.yml", "_toc.yml", "book/intro.md", "notebooks/01_tiny.ipynb"]
+    assert files == ["_config.yml", "_toc.yml", "book/intro.md", "book/status.md", "notebooks/01_tiny.ipynb"]
+    assert "| [](../notebooks/01_tiny.ipynb) |" in (source / "book" / "status.md").read_text()
     assert source == old.parent
     assert executions == [{"profile": "quick", "data": str(Path("mine.npz").resolve()), "seed": 4}]
 

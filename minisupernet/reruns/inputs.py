@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minisupernet.files import data_folder
+from minisupernet.status import NOTES
 
 __all__ = ["code_used", "image_files", "notebook_fingerprint", "package_fingerprint"]
 
@@ -20,8 +21,9 @@ def notebook_fingerprint(path: Path, parameters: Mapping[str, Any], root: Path) 
     results, the parameters, the image files, and the versions of Python and torch."""
     notebook = json.loads(path.read_bytes())
     cells = [[cell["cell_type"], cell["source"], cell["metadata"]] for cell in notebook["cells"]]
+    about = {name: value for name, value in notebook["metadata"].items() if name != NOTES}
     files = [*(root / "minisupernet").rglob("*.py"), *(root / "results").rglob("*.json")]
-    return _checksum([cells, notebook["metadata"]], files, root, parameters, path.parent)
+    return _checksum([cells, about], files, root, parameters, path.parent)
 
 
 def package_fingerprint(modules: Iterable[str], parameters: Mapping[str, Any]) -> str:

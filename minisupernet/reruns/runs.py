@@ -20,7 +20,9 @@ from typing import Any
 
 from minisupernet.files import FileError, data_folder, whole_file
 from minisupernet.reruns.inputs import notebook_fingerprint
+from minisupernet.reruns.outputs import keep_outputs
 from minisupernet.reruns.parameters import RunError, plain, suggestion
+from minisupernet.status import NOTES, note_run
 
 __all__ = [
     "check_parameters", "course_notebooks", "execute", "find_notebook", "refresh", "run_all",
@@ -28,6 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 CELL_SECONDS = {"quick": 600, "full": 8 * 3600}  # profile -> longest that one cell may take
+PAPERMILL_NOTES = ("papermill", "execution")  # metadata that a run by papermill leaves
 PAPERMILL_TAGS = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill adds
 
 
@@ -144,15 +147,18 @@ def execute(
     settings = {"MINISUPERNET_DATA": str(data_folder().resolve()), "TQDM_DISABLE": "1"}
     if threads:
         settings["OMP_NUM_THREADS"] = str(threads)
+    began = time.perf_counter()
     try:
         with _environment(**settings):
             done = papermill.execute_notebook(
                 path, output, dict(parameters), kernel_name="python3", cwd=path.parent, progress_bar=progress,
                 start_timeout=120, execution_timeout=seconds or CELL_SECONDS[parameters.get("profile", "quick")],
-                extra_arguments=["--log-level=ERROR"],
+                extra_arguments=["--log-level=CRITICAL"],
             )  # fmt: skip
     except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise RunError(f"{path.stem}, cell {_failed_cell(output)}: {_one_line(error)}") from error
+    keep_outputs(output)
+    note_run(output, {**_defaults(path), **parameters}, time.perf_counter() - began, threads)
     cells = done.cells if done else []
     return [round(cell.metadata.papermill.duration or 0, 2) for cell in cells if cell.cell_type == "code"]
 
@@ -184,7 +190,7 @@ def run_all(
 
 
 def refresh(root: Path) -> None:
-    """Run every notebook as it stands, quick and on Shapes-100, and store the outputs in the notebook itself."""
+    """Run every notebook as it stands, quick and on Shapes-100, and store outputs and notes of the run in it."""
     import nbformat
 
     notebooks, folder = course_notebooks(root), root / "_build" / "refresh"
@@ -195,6 +201,10 @@ def refresh(root: Path) -> None:
         for cell, ran_cell in zip(stored.cells, ran.cells, strict=True):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = ran_cell.outputs, ran_cell.execution_count
+        for holder in (stored, *stored.cells):
+            for name in PAPERMILL_NOTES:
+                holder.metadata.pop(name, None)
+        stored.metadata[NOTES] = ran.metadata[NOTES]
         with whole_file(path) as part:
             nbformat.write(stored, part)
 
