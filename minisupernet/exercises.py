@@ -1,6 +1,7 @@
 """Checks for the exercises: they say whether an answer is right and, if not, what to think about."""
 
 from collections.abc import Callable
+from textwrap import fill
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def check(answer: Answer, expected: Answer, hint: str, tolerance: float = 0.0) -
 
     An answer of None counts as not given yet.
     """
-    print("No answer yet." if answer is None else _verdict(answer, expected, hint, tolerance))
+    _say("No answer yet." if answer is None else _verdict(answer, expected, hint, tolerance))
 
 
 def check_function(
@@ -29,13 +30,17 @@ def check_function(
         try:
             got = answer(*arguments)
         except Exception as error:  # whatever the reader's code raises is the answer to show
-            print(f"Not yet: your function stops with {type(error).__name__}: {error}")
+            _say(f"Not yet: your function stops with {type(error).__name__}: {error}")
             return
         said = "No answer yet." if got is None else _verdict(got, expected(*arguments), hint, tolerance)
         if said != "Right.":
-            print(said)
+            _say(said)
             return
-    print("Right.")
+    _say("Right.")
+
+
+def _say(verdict: str) -> None:
+    print(fill(verdict, width=76))  # as wide as a page of the book
 
 
 def _verdict(answer: Answer, expected: Answer, hint: str, tolerance: float) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # all three are imported when an explorer is made or shown
     from ipywidgets import VBox
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # all three are imported when an explorer is made or shown
 
 __all__ = ["Explorer", "ExplorerError", "explorer"]
 
-Value = TypeVar("Value")
+HIGHEST = 16_383  # pixels, in a WebP file
 
 PAGE = """<figure class="explorer" style="margin: 0; max-width: {width}px">
 <div style="overflow: hidden; max-height: {height}px; aspect-ratio: {width} / {height}">
@@ -65,25 +65,23 @@ class Explorer:
     def page(self) -> str:
         """The slider as HTML that needs no kernel, no other file and no network."""
         texts = {"alt": self.description, "label": self.label, "text": self.texts[0], "texts": json.dumps(self.texts)}
+        (width, total), count = self.sheet.size, len(self.texts)
         return PAGE.format(
-            width=self.sheet.width,
-            height=self.sheet.height // len(self.texts),
-            total=self.sheet.height,
-            last=len(self.texts) - 1,
+            width=width, height=total // count, total=total, last=count - 1,
             sheet=base64.b64encode(_encoded(self.sheet, "WebP")).decode(),
             wake=html.escape(" ".join(WAKE.split())),
             **{name: html.escape(text) for name, text in texts.items()},
-        )
+        )  # fmt: skip
 
     def widget(self) -> "VBox":
         """The slider as an ipywidget, whose picture the kernel changes."""
         import ipywidgets
 
-        image = ipywidgets.Image(value=self.frame(0), tooltip=self.description, layout={"align_self": "flex-start"})
+        image = ipywidgets.Image(value=self.frame(0), layout={"align_self": "flex-start", "max_width": "100%"})
         text = ipywidgets.Label(self.texts[0])
         slider = ipywidgets.IntSlider(
-            max=len(self.texts) - 1, description=self.label, readout=False, style={"description_width": "initial"},
-            layout={"width": "auto", "max_width": f"{self.sheet.width}px"},
+            max=len(self.texts) - 1, description=self.label, tooltip=self.description, readout=False,
+            style={"description_width": "initial"}, layout={"width": "auto", "max_width": f"{self.sheet.width}px"},
         )  # fmt: skip
 
         def move(change: dict) -> None:
@@ -99,8 +97,8 @@ class Explorer:
 
 
 def explorer(
-    draw: Callable[[Value], "Figure"], values: Sequence[Value], label: str, description: str,
-    text: Callable[[Value], str] = str,
+    draw: Callable[[Any], "Figure"], values: Sequence[Any], label: str, description: str,
+    text: Callable[[Any], str] = str,
 ) -> Explorer:  # fmt: skip
     """Draw a picture for each value, to be looked through with a slider; the first shows where nothing can move.
 
@@ -110,7 +108,7 @@ def explorer(
         text: what is said under the picture of a value; the slider tells it to screen readers, too.
 
     Raises:
-        ExplorerError: without values, or where `draw` returns no Figure or Figures of several sizes.
+        ExplorerError: without values or with too many, or where `draw` returns no Figure or Figures of several sizes.
     """
     from PIL import Image
 
@@ -120,6 +118,8 @@ def explorer(
     if len({picture.size for picture in pictures}) > 1:
         raise ExplorerError("draw made figures of different sizes; give all of them the same figsize.")
     width, height = pictures[0].size
+    if height * len(pictures) > HIGHEST:
+        raise ExplorerError(f"{len(pictures)} pictures {height} pixels high are too many; draw fewer or flatter ones.")
     sheet = Image.new("RGB", (width, height * len(pictures)))
     for place, picture in enumerate(pictures):
         sheet.paste(picture, (0, place * height))
@@ -127,7 +127,7 @@ def explorer(
     return Explorer(colours, tuple(text(value) for value in values), label, description)
 
 
-def _drawn(draw: Callable[[Value], "Figure"], value: Value) -> "Image":
+def _drawn(draw: Callable[[Any], "Figure"], value: Any) -> "Image":
     """One picture at the course's 100 dots an inch; closed, the figure is not shown below the cell as well."""
     from matplotlib import pyplot
     from matplotlib.figure import Figure

@@ -55,12 +55,17 @@ def note_run(path: Path, parameters: Mapping[str, Any], seconds: float, threads:
 
 
 def status_page(notebooks: Sequence[Path], results: Iterable[Path]) -> str:
-    """The page in Markdown: a line for each notebook, and one for each result file that holds runs."""
+    """The page in Markdown: a line for each notebook, and one for each result file that holds runs.
+
+    Raises:
+        ResultError: for a result file that is damaged.
+    """
+    from minisupernet.results import load_runs
+
     header = ["Chapter", "Ran (UTC)", "Seconds", "Profile", "Images", "Code cells", "On", "Versions"]
     ran = [_notebook_line(path) for path in notebooks]
     records_header = ["Chapter", "Runs", "Hours", "Images", "On", "Versions", "Commits"]
-    documents = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in results]
-    records = [_record_line(path, document["runs"]) for path, document in documents if "runs" in document]
+    records = [_record_line(path, load_runs(path)) for path in results if b'"runs"' in path.read_bytes()]
     return PAGE.format(_table(header, ran), _table(records_header, records))
 
 

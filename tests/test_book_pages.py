@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from minisupernet.results import ResultError
 from minisupernet.status import NOTES, note_run, status_page
 
 BOOK = ROOT / "book"
@@ -204,3 +205,6 @@ def test_status_sums_the_recorded_runs(tmp_path):
     page = status_page([], sorted(tmp_path.glob("*.json")))
     assert line_of(page, "06_runs")[1:4] == ["2", "2.0", "cifar100"] and "1bcdef0; 3bcdef0" in page
     assert "07_other" not in page
+    (tmp_path / "08_cut.json").write_text('{"runs": [')
+    with pytest.raises(ResultError, match="08_cut.json cannot be read as JSON"):
+        status_page([], [tmp_path / "08_cut.json"])

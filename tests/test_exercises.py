@@ -22,7 +22,10 @@ LADDER = ["predict", "compute", "build"]
 CELLS = {  # how a cell begins, what it prints
     "stub": (r"(?!#@title)", r"No answer yet\.\n\Z"),
     "solution": (r"#@title Solution\n", r"Right\.\n"),
-    "mistake": (r"#@title A typical mistake\n(.*\n)*?.*# \w.{15,}\n", r"Not yet: (?!your function stops).{20,}\n\Z"),
+    "mistake": (
+        r"#@title A typical mistake\n(.*\n)*?.*# \w.{15,}\n",
+        r"Not yet: (?!your function stops)(?s:.){20,}\n\Z",
+    ),
 }
 
 
@@ -48,7 +51,7 @@ CELLS = {  # how a cell begins, what it prints
 )
 def test_an_answer_is_judged(answer, expected, said, capsys):
     check(answer, expected, hint="count again.", tolerance=0.1)
-    assert capsys.readouterr().out.strip() == said
+    assert " ".join(capsys.readouterr().out.split()) == said
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,13 @@ def test_an_answer_is_judged(answer, expected, said, capsys):
 )
 def test_a_function_is_judged(function, said, capsys):
     check_function(function, lambda x: x * x, [(1.0,), (2.0,)], "square it")
-    assert capsys.readouterr().out.strip() == said
+    assert " ".join(capsys.readouterr().out.split()) == said
+
+
+def test_a_long_hint_is_broken_into_lines(capsys):
+    check(1, 2, hint="count again, " * 20)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) <= 76
 
 
 def exercise_faults(notebook: NotebookNode, chapter: int) -> list[str]:

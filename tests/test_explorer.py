@@ -97,7 +97,7 @@ def test_a_front_end_may_take_the_widget_or_the_page():
 def test_the_widget_changes_the_picture_and_the_words():
     made = lines()
     image, slider, text = made.widget().children
-    assert slider.description == "slope <m>" and slider.continuous_update and image.tooltip == DESCRIPTION
+    assert slider.description == "slope <m>" and slider.continuous_update and slider.tooltip == DESCRIPTION
     seen = []
     for place in (2, 1, 0):
         slider.value = place
@@ -111,6 +111,8 @@ def test_wrong_input_is_said_in_one_sentence():
         lines(())
     with pytest.raises(ExplorerError, match="returned NoneType, no Figure; end it with `return figure`"):
         explorer(lambda value: None, [1], "x", DESCRIPTION)
+    with pytest.raises(ExplorerError, match="3 pictures 6000 pixels high are too many; draw fewer"):
+        explorer(lambda value: plots.new_figure(width=2, height=60)[0], range(3), "x", DESCRIPTION)
     with pytest.raises(ExplorerError, match="the same figsize"):
         explorer(lambda value: plots.new_figure(width=value)[0], [2, 3], "x", DESCRIPTION)
 

@@ -126,12 +126,12 @@ def test_a_chapter_runs_in_jupyterlab(lab, chromium):
     assert tab.evaluate(ERRORS) == []
 
     explorer = tab.locator(EXPLORER).first
-    image, slider, words = (explorer.locator(each) for each in ("img", ".noUi-handle", ".widget-label:not([for])"))
-    seen = {image.evaluate(PICTURE): words.last.inner_text()}
+    image, slider, words = (explorer.locator(each) for each in ("img", ".noUi-handle", "div.widget-label"))
+    seen = {image.evaluate(PICTURE): words.inner_text()}
     for count in (2, 3):
         address = image.get_attribute("src")
         slider.press("ArrowRight")
         tab.wait_for_function("([image, before]) => image.src !== before", arg=[image.element_handle(), address])
-        seen[image.evaluate(PICTURE)] = words.last.inner_text()
+        seen[image.evaluate(PICTURE)] = words.inner_text()
         assert len(seen) == count and len(set(seen.values())) == count
     tab.close()
