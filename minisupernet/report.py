@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARM_NAMES", "aims_table", "arms_table", "compare", "cost_table", "differences_table", "few_images", "few_table",
-    "geometry_table", "recorded_ladder", "recorded_walk", "search_table", "setups_in", "verdict",
+    "geometry_table", "recorded_ladder", "recorded_walk", "search_gain", "search_table", "setups_in", "verdict",
 ]  # fmt: skip
 
 ARM_NAMES = {
@@ -196,27 +196,25 @@ def geometry_table(runs: Sequence[dict]) -> "Markdown":
     return table(["set-up", "seed", "fold", "directions used", few_header, last], rows)
 
 
+def search_gain(run: dict, start: dict, size: str | None = None) -> Interval:
+    """What a run of the search gained over another for z alone, on validation images, paired by task."""
+    first, second = (task_means([each], each["setup"], "z_only", size, "validation_each") for each in (run, start))
+    return difference(first, second)
+
+
 def search_table(runs: Sequence[dict]) -> "Markdown":
-    """The search for a generator: what each run changed, and the accuracy of z alone on validation images, all and few.
-
-    Differences are from the run that changed nothing, paired by task.
-    """
-    (base,) = (run for run in runs if not run["overrides"])
-    size = min(base["few"], key=int)
-
-    def each(run: dict, count: str | None) -> dict[int, float]:
-        return task_means([run], run["setup"], "z_only", count, "validation_each")
-
+    """The search for a generator: what each run changed, and what z alone then reached on validation images."""
+    (start,) = (run for run in runs if not run["overrides"])
+    size = min(start["few"], key=int)
     rows = []
     for run in sorted(runs, key=lambda run: -run["arms"]["z_only"]["validation"]):
         cells = [_changes(run["overrides"] or {}), f"{run['parameters']['generator']:,}"]
-        for count in (None, size):
-            mean = interval(list(each(run, count).values())).mean
-            against = "" if run is base else f" ({difference(each(run, count), each(base, count)).percent()})"
-            cells.append(f"{100 * mean:.1f}{against}")
+        for found, count in ((run["arms"], None), (run["few"][size], size)):
+            cells.append(f"{100 * found['z_only']['validation']:.1f}")
+            cells.append("–" if run is start else search_gain(run, start, count).percent())
         rows.append(cells)
-    header = "z only, validation, %; in brackets points above the start (95 % interval)"
-    return table(["changed", "numbers in the generator", f"{header}", f"{size} images of a class"], rows)
+    gain = "against the start, points (95 % interval)"
+    return table(["changed", "numbers in the generator", "all images, %", gain, f"{size} of each class, %", gain], rows)
 
 
 def _changes(overrides: dict) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from minisupernet.report import compare, verdict
+from minisupernet.report import compare, search_gain, verdict
 from minisupernet.results import interval, load_runs, results_file, task_means
 from minisupernet.setups import SETUPS
 
@@ -61,6 +61,7 @@ STATED_FEW = {
     (2, "unseen_pairs", "z_only", "fine_tuned", 10): "higher",
     (2, "unseen_pairs", "z_only", "fine_tuned", 20): "higher",
 }
+SEARCH = "07_generator_search.json"
 MANY = {1: "many_tasks", 2: "unseen_pairs"}  # the set-up with many tasks that each experiment recorded
 
 
@@ -78,6 +79,13 @@ def test_enough_seeds_and_held_out_tasks(experiment, setup):
 
 def test_the_better_generator_held_out_every_task_of_experiment_1():
     assert sorted(task_means(recorded(1), "better", "z_only")) == list(range(99))
+
+
+def test_the_generator_of_many_tasks_held_out_every_task_once():
+    for experiment, tasks in ((1, range(99)), (2, range(50))):
+        runs = [run for run in recorded(experiment) if run["setup"] == MANY[experiment]]
+        held_out = [number for run in runs for number in run["held_out"] if number < len(tasks)]
+        assert sorted(held_out) == list(tasks) and len({run["seed"] for run in runs}) == len(runs) == 5
 
 
 @pytest.mark.parametrize("experiment", [1, 2])
