@@ -53,6 +53,7 @@ STATED_FEW = {
     (1, "many_tasks", "z_only", "from_scratch", 5): "higher",
     (1, "many_tasks", "z_only", "from_scratch", 10): "higher",
     (1, "many_tasks", "z_only", "from_scratch", 20): "higher",
+    (1, "many_tasks", "z_only", "fine_tuned", 5): "lower",
     (1, "many_tasks", "z_only", "fine_tuned", 20): "not told apart",
     (2, "unseen_pairs", "z_only", "from_scratch", 5): "higher",
     (2, "unseen_pairs", "z_only", "from_scratch", 10): "higher",
@@ -60,6 +61,19 @@ STATED_FEW = {
     (2, "unseen_pairs", "z_only", "fine_tuned", 5): "higher",
     (2, "unseen_pairs", "z_only", "fine_tuned", 10): "higher",
     (2, "unseen_pairs", "z_only", "fine_tuned", 20): "higher",
+}
+# What chapter 7 says of the search for a generator: what two runs changed, and the verdict on first minus second.
+SEARCHED = {
+    ("z_dim 4", ""): "lower",
+    ("z_dim 8", ""): "lower",
+    ("z_dim 16", ""): "not told apart",
+    ("z_dim 64", ""): "not told apart",
+    ("hidden []", ""): "not told apart",
+    ("bound 1.0", ""): "not told apart",
+    ("many_tasks False, one_hot True, z_dim 80", ""): "not told apart",
+    ("many_tasks False", ""): "not told apart",
+    ("training.steps 2000", ""): "higher",
+    ("training.steps 2000", "training.steps 2000, many_tasks False"): "higher",
 }
 SEARCH = "07_generator_search.json"
 MANY = {1: "many_tasks", 2: "unseen_pairs"}  # the set-up with many tasks that each experiment recorded
@@ -138,6 +152,38 @@ def test_the_chapters_say_what_few_images_give(experiment, setup, first, second,
     assert verdict(found) == STATED_FEW[experiment, setup, first, second, size], found
 
 
+def searched() -> dict[str, dict]:
+    """What a run of the search changed, in words, to the run."""
+    runs = load_runs(results_file(SEARCH))
+    return {", ".join(f"{name} {value}" for name, value in (run["overrides"] or {}).items()): run for run in runs}
+
+
+@pytest.mark.parametrize(("first", "second"), SEARCHED)
+def test_the_search_found_what_chapter_7_says(first, second):
+    runs = searched()
+    found = search_gain(runs[first], runs[second])
+    assert verdict(found) == SEARCHED[first, second], found
+    assert max(runs, key=lambda name: runs[name]["arms"]["z_only"]["validation"]) == "training.steps 2000"
+
+
+def test_the_search_changed_what_it_says_and_nothing_else():
+    runs = searched()
+    assert len(runs) >= 12 and "" in runs
+    for run in runs.values():
+        assert (run["setup"], run["fold"], run["seed"]) == ("search", 0, 0) and len(run["commit"]) == 40
+        assert run["data"]["sha256"].startswith(CIFAR100) and run["held_out"] == runs[""]["held_out"]
+        changed = {name.partition(".")[0] for name in run["overrides"] or {}}
+        assert all(run["settings"][name] == old for name, old in runs[""]["settings"].items() if name not in changed)
+
+
+def test_the_search_found_the_generator_that_was_recorded():
+    """The same settings, start and images: the same generator to the last byte, and the same z."""
+    (recorded_run,) = (run for run in recorded(2) if run["setup"] == "unseen_pairs" and run["fold"] == 0)
+    found = searched()["training.steps 2000"]
+    assert found["arms"]["z_only"]["test"] == recorded_run["arms"]["z_only"]["test"]
+    assert found["generator"]["sha256_before"] == recorded_run["generator"]["sha256_before"]
+
+
 @pytest.mark.parametrize("experiment", [1, 2])
 def test_the_rates_of_the_many_task_set_ups_are_those_that_fold_0_chose(experiment):
     (first,) = (run for run in recorded(experiment) if run["setup"] == MANY[experiment] and run["fold"] == 0)
@@ -175,6 +221,8 @@ def test_the_sizes_that_the_chapters_speak_of():
     assert many.low > 0.03 and compare(one, "many_tasks", "z_only", "from_scratch", 20).mean > many.mean
     assert many.mean > compare(one, "better", "z_only", "from_scratch").mean
     assert abs(compare(one, "many_tasks", "one_network", "no_adaptation").mean) < 0.02
+    assert all(abs(compare(one, "many_tasks", "z_only", "fine_tuned", size).mean) < 0.01 for size in (10, 20, 50, 100))
+    assert all(0.005 < compare(one, "many_tasks", "z_only", arm).mean < 0.025 for arm in ("last_layer", "biases"))
     assert -0.02 < compare(two, "unseen_pairs", "z_only", "fine_tuned").mean < 0.01
     assert 0.02 < compare(two, "unseen_pairs", "z_only", "fine_tuned", 20).mean < 0.07
     gaps = [compare(two, setup, "from_scratch", "z_only").mean for setup in ("original", "better")]
