@@ -27,7 +27,8 @@ notebook reads no images, none are named.
 
 ## The recorded runs
 
-The full runs on real data that the chapters draw, from the folder `results`. Hours are summed over all runs.
+The full runs on real data that the chapters draw, from the folder `results`; a file's number is that of its chapter.
+Hours are summed over all runs.
 
 {}
 """
@@ -64,7 +65,7 @@ def status_page(notebooks: Sequence[Path], results: Iterable[Path]) -> str:
 
     header = ["Chapter", "Ran (UTC)", "Seconds", "Profile", "Images", "Code cells", "On", "Versions"]
     ran = [_notebook_line(path) for path in notebooks]
-    records_header = ["Chapter", "Runs", "Hours", "Images", "On", "Versions", "Commits"]
+    records_header = ["File", "Runs", "Hours", "Images", "On", "Versions", "Commits"]
     records = [_record_line(path, load_runs(path)) for path in results if b'"runs"' in path.read_bytes()]
     return PAGE.format(_table(header, ran), _table(records_header, records))
 
@@ -84,7 +85,7 @@ def _notebook_line(path: Path) -> list[str]:
 def _record_line(path: Path, runs: list[dict]) -> list[str]:
     hours = f"{sum(run['seconds'] for run in runs) / 3600:.1f}"
     kinds = [(run["data"]["name"], run["device"], _named(run["versions"]), run["commit"][:7]) for run in runs]
-    return [_link(path), str(len(runs)), hours, *("; ".join(sorted(set(each))) for each in zip(*kinds, strict=True))]
+    return [f"`{path.name}`", str(len(runs)), hours, *("; ".join(sorted(set(each))) for each in zip(*kinds, strict=True))]
 
 
 def _device(cores: int) -> str:
