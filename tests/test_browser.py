@@ -135,3 +135,15 @@ def test_the_launch_button_opens_this_notebook_in_colab(page, links, book):
     colab = [address for address in addresses if "colab.research.google.com" in address]
     assert colab and re.search(rf"/blob/main/{page}\.ipynb$", colab[0])
     assert any(address.endswith(".ipynb") and "://" not in address for address in addresses), "no download"
+
+
+def test_the_download_button_saves_the_notebook(chromium, server, book):
+    tab = chromium.new_page()
+    tab.goto(f"{server}/notebooks/05_supernet.html")
+    tab.locator(".dropdown-download-buttons button").first.click()
+    with tab.expect_download() as started:
+        tab.locator(".dropdown-download-buttons a").first.click()
+    assert started.value.suggested_filename == "05_supernet.ipynb"
+    source = book / "_sources" / "notebooks" / "05_supernet.ipynb"
+    assert Path(started.value.path()).read_bytes() == source.read_bytes()
+    tab.close()
