@@ -213,11 +213,11 @@ def search_table(runs: Sequence[dict]) -> "Markdown":
             cells.append(f"{100 * found['z_only']['validation']:.1f}")
             cells.append("–" if run is start else search_gain(run, start, count).percent())
         rows.append(cells)
-    gain = "against the start, points (95 % interval)"
+    gain = "gain, points (95 % interval)"
     return table(["changed", "numbers in the generator", "all images, %", gain, f"{size} of each class, %", gain], rows)
 
 
 def _changes(overrides: dict) -> str:
-    """What a run changed, in words such as "z_dim 8"."""
-    words = [f"{name.removeprefix('training.')} {value}" for name, value in overrides.items()]
-    return "`" + ", ".join(words) + "`" if words else "**nothing**"
+    """What a run changed, in words such as "training steps 2000"."""
+    words = [f"{name.replace('.', ' ').replace('_', ' ')} {value}" for name, value in overrides.items()]
+    return ", ".join(words) or "**nothing**"

@@ -86,7 +86,7 @@ def _record_line(path: Path, runs: list[dict]) -> list[str]:
     hours = f"{sum(run['seconds'] for run in runs) / 3600:.1f}"
     kinds = [(run["data"]["name"], run["device"], _named(run["versions"]), run["commit"][:7]) for run in runs]
     named = ("; ".join(sorted(set(each))) for each in zip(*kinds, strict=True))
-    return [f"`{path.name}`", str(len(runs)), hours, *named]
+    return [path.stem.replace("_", " "), str(len(runs)), hours, *named]
 
 
 def _device(cores: int) -> str:

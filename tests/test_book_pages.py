@@ -203,8 +203,8 @@ def test_status_sums_the_recorded_runs(tmp_path):
     (tmp_path / "06_runs.json").write_text(json.dumps({"runs": runs}))
     (tmp_path / "07_other.json").write_text(json.dumps({"sizes": []}))
     page = status_page([], sorted(tmp_path.glob("*.json")))
-    assert line_of(page, "06_runs")[1:4] == ["2", "2.0", "cifar100"] and "1bcdef0; 3bcdef0" in page
-    assert "07_other" not in page
+    assert line_of(page, "06 runs")[1:4] == ["2", "2.0", "cifar100"] and "1bcdef0; 3bcdef0" in page
+    assert "07 other" not in page
     (tmp_path / "08_cut.json").write_text('{"runs": [')
     with pytest.raises(ResultError, match="08_cut.json cannot be read as JSON"):
         status_page([], [tmp_path / "08_cut.json"])
