@@ -332,7 +332,11 @@ def test_an_interrupted_sweep_starts_no_more_runs(tmp_path):
     """As by Ctrl-C, which goes to the sweep and to its processes."""
     command = [sys.executable, tiny_jobs.__file__, "sweep", str(tmp_path), "200"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    sweep = subprocess.Popen(command, start_new_session=True, **quiet)
+
+    def heed() -> None:  # a process started in the background may have been told to ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    sweep = subprocess.Popen(command, start_new_session=True, preexec_fn=heed, **quiet)
     wait_for(lambda: busy(tmp_path))
     os.killpg(sweep.pid, signal.SIGINT)
     assert sweep.wait(60) != 0 and not busy(tmp_path) and len(starts(tmp_path)) < 100
