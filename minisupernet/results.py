@@ -18,8 +18,8 @@ from minisupernet.data import ImageSet
 from minisupernet.files import whole_file
 
 __all__ = [
-    "Interval", "ResultError", "difference", "fingerprint", "interval", "load_runs", "one_of_a_pair", "paired",
-    "provenance", "record_run", "results_file", "rounded", "task_means",
+    "Interval", "ResultError", "device_name", "difference", "fingerprint", "interval", "load_runs", "one_of_a_pair",
+    "paired", "provenance", "record_run", "results_file", "rounded", "task_means",
 ]  # fmt: skip
 
 RESAMPLES = 10_000
@@ -83,13 +83,17 @@ def fingerprint(module: nn.Module) -> str:
 def provenance(images: ImageSet, device: torch.device) -> dict:
     """Where a result comes from: commit, package versions, device and image set with its checksum."""
     packages = ("torch", "numpy", "safetensors")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-        "device": f"{device.type}: {name}, threads: {torch.get_num_threads()}",
+        "device": f"{device.type}: {device_name(device)}, threads: {torch.get_num_threads()}",
         "data": {"name": images.name, "sha256": images.checksum()},
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: the name of a GPU, or the kind of CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def _commit() -> str:

@@ -61,13 +61,14 @@ def status_page(notebooks: Sequence[Path], results: Iterable[Path]) -> str:
     Raises:
         ResultError: for a result file that is damaged.
     """
+    from minisupernet.plots import table
     from minisupernet.results import load_runs
 
     header = ["Chapter", "Ran (UTC)", "Seconds", "Profile", "Images", "Code cells", "On", "Versions"]
     ran = [_notebook_line(path) for path in notebooks]
     records_header = ["File", "Runs", "Hours", "Images", "On", "Versions", "Commits"]
     records = [_record_line(path, load_runs(path)) for path in results if b'"runs"' in path.read_bytes()]
-    return PAGE.format(_table(header, ran), _table(records_header, records))
+    return PAGE.format(table(header, ran).data, table(records_header, records).data)
 
 
 def _notebook_line(path: Path) -> list[str]:
@@ -90,12 +91,11 @@ def _record_line(path: Path, runs: list[dict]) -> list[str]:
 
 
 def _device(cores: int) -> str:
-    import torch
-
+    from minisupernet.results import device_name
     from minisupernet.training import pick_device
 
     device = pick_device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, cores: {cores}"
+    return device_name(device) if device.type == "cuda" else f"{device_name(device)}, cores: {cores}"
 
 
 def _named(versions: Mapping[str, str]) -> str:
@@ -104,7 +104,3 @@ def _named(versions: Mapping[str, str]) -> str:
 
 def _link(path: Path) -> str:
     return f"[](../notebooks/{path.stem}.ipynb)"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
