@@ -34,8 +34,8 @@ Hours are summed over all runs.
 """
 
 
-def note_run(path: Path, parameters: Mapping[str, Any], seconds: float, threads: int | None = None) -> None:
-    """Write into the notebook at `path` that it ran today (UTC) for so many seconds on `threads` CPU threads (all).
+def note_run(notebook: dict, parameters: Mapping[str, Any], seconds: float, threads: int | None = None) -> None:
+    """Write into the notebook's metadata that it ran today (UTC) for so many seconds on `threads` CPU threads (all).
 
     Kept are its profile and images, the device and versions; no folder and no name of a user or machine.
     """
@@ -43,7 +43,6 @@ def note_run(path: Path, parameters: Mapping[str, Any], seconds: float, threads:
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"][NOTES] = {
         "ran": datetime.now(UTC).date().isoformat(),
         "seconds": round(seconds),
@@ -52,7 +51,6 @@ def note_run(path: Path, parameters: Mapping[str, Any], seconds: float, threads:
         "device": _device(threads or os.cpu_count()),
         "versions": versions,
     }
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def status_page(notebooks: Sequence[Path], results: Iterable[Path]) -> str:

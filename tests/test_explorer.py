@@ -131,18 +131,16 @@ def test_a_stored_picture_is_smaller_and_looks_the_same():
     assert shrink(after) in (after, shrink(after)) and len(shrink(after)) <= len(after)
 
 
-def test_what_is_stored_moves_without_a_kernel(tmp_path):
+def test_what_is_stored_moves_without_a_kernel():
     bundle, bar = lines()._repr_mimebundle_(), {WIDGET: {"model_id": "1"}, "text/plain": "a bar"}
     picture = base64.b64encode(drawn(line(1.0))).decode()
     outputs = [new_output("display_data", data) for data in (bundle, bar, {"image/png": picture})]
     notebook = new_notebook(cells=[new_code_cell("lines()", outputs=[*outputs, new_output("stream", text="words")])])
     notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
-    nbformat.write(notebook, tmp_path / "run.ipynb")
-    keep_outputs(tmp_path / "run.ipynb")
-    kept = nbformat.read(tmp_path / "run.ipynb", 4)
-    first, second, third, words = kept.cells[0].outputs
+    keep_outputs(notebook)
+    first, second, third, words = notebook.cells[0].outputs
     assert first.data == {kind: bundle[kind] for kind in ("text/html", "text/plain")} and words.text == "words"
-    assert second.data == {"text/plain": "a bar"} and "widgets" not in kept.metadata
+    assert second.data == {"text/plain": "a bar"} and "widgets" not in notebook.metadata
     assert base64.b64decode(third.data["image/png"]) == shrink(base64.b64decode(picture))
 
 

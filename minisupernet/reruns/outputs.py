@@ -2,25 +2,24 @@
 
 import base64
 import io
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 __all__ = ["keep_outputs", "shrink"]
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def keep_outputs(path: Path) -> None:
-    """Rewrite a notebook that has run: pictures made smaller, and of what shows as a widget its other forms alone."""
-    import nbformat
-
-    notebook = nbformat.read(path, 4)
+def keep_outputs(notebook: "NotebookNode") -> None:
+    """Change a notebook that has run: pictures made smaller, and of what shows as a widget its other forms alone."""
     notebook.metadata.pop("widgets", None)
     for output in (each for cell in notebook.cells for each in cell.get("outputs", ())):
         shown = output.get("data", {})
         shown.pop(WIDGET, None)
         if "image/png" in shown:
             shown["image/png"] = base64.b64encode(shrink(base64.b64decode(shown["image/png"]))).decode()
-    nbformat.write(notebook, path)
 
 
 def shrink(picture: bytes) -> bytes:

@@ -142,6 +142,7 @@ def execute(
         RunError: for a cell that fails, takes too long or ends the kernel: the notebook, the cell's number, the error.
     """
     papermill = _papermill()
+    import nbformat
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     settings = {"MINISUPERNET_DATA": str(data_folder().resolve()), "TQDM_DISABLE": "1"}
@@ -157,10 +158,10 @@ def execute(
             )  # fmt: skip
     except (papermill.PapermillExecutionError, CellTimeoutError, DeadKernelError) as error:
         raise RunError(f"{path.stem}, cell {_failed_cell(output)}: {_one_line(error)}") from error
-    keep_outputs(output)
-    note_run(output, {**_defaults(path), **parameters}, time.perf_counter() - began, threads)
-    cells = done.cells if done else []
-    return [round(cell.metadata.papermill.duration or 0, 2) for cell in cells if cell.cell_type == "code"]
+    keep_outputs(done)
+    note_run(done, {**_defaults(path), **parameters}, time.perf_counter() - began, threads)
+    nbformat.write(done, output)
+    return [round(cell.metadata.papermill.duration or 0, 2) for cell in done.cells if cell.cell_type == "code"]
 
 
 def run_all(
