@@ -34,6 +34,7 @@ data: $(READY) ## download CIFAR-100 and CIFAR-10
 bench: $(READY) ## time a training step beside its peers, and rewrite the tables and the figure
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target _build/peers -r benchmarks/peers.txt
 	$(BIN)/python -W ignore benchmarks/training.py --peers _build/peers --out results/05_speed.json
+	$(BIN)/python benchmarks/layers.py --out results/05_layers.json
 	$(BIN)/python benchmarks/growth.py --out results/05_growth.json
 	$(BIN)/python benchmarks/speed_report.py
 

@@ -6,7 +6,7 @@ python benchmarks/speed_report.py
 import json
 from pathlib import Path
 
-from contestants import NAMES, PARTS, PLAIN
+from contestants import NAMES, OURS, PARTS, PLAIN
 
 from minisupernet.plots import new_figure
 
@@ -38,7 +38,8 @@ def number(value: float | None, digits: int = 0) -> str:
 
 def steps_table(speed: dict) -> str:
     """The whole step: milliseconds on the clock of each contestant, and how many times faster this package is."""
-    lines = [["threads", "tasks", *NAMES, "times faster than the plain loop", "than the best peer", "of matrix rate"]]
+    names = [name.rpartition(".")[2] for name in NAMES]  # vmap
+    lines = [["threads", "tasks", *names, "plain loop ÷ ours", "best peer ÷ ours", "of matrix rate"]]
     for row in speed["rows"]:
         steps = {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}
         times = [number(steps.get(name), 1 if row["tasks"] == 1 else 0) for name in NAMES]
@@ -73,6 +74,36 @@ def parts_table(speed: dict) -> str:
     return markdown(lines)
 
 
+def layers_table(layers: dict) -> str:
+    """Every product of every convolution with the most threads: its rate, each way, and the quickest in bold."""
+    ways = list(layers["rows"][0]["gigaflops"])
+    lines = [["layer", "product", *ways]]
+    for row in most_threaded(layers):
+        best = max(row["gigaflops"].values())
+        rates = [f"**{rate:.0f}**" if rate == best else f"{rate:.0f}" for rate in row["gigaflops"].values()]
+        lines.append([row["layer"], row["product"], *rates])
+    return markdown(lines)
+
+
+def most_threaded(layers: dict) -> list[dict]:
+    """The rows with the most threads."""
+    return [row for row in layers["rows"] if row["threads"] == max(each["threads"] for each in layers["rows"])]
+
+
+def bound(layers: dict) -> str:
+    """All convolutions of a step: as this package does them, each product its quickest way, and at the matrix rate."""
+    rows = most_threaded(layers)
+    threads, rate = rows[0]["threads"], layers["matrix_rate_gflops"][str(rows[0]["threads"])]
+    mine = sum(row["milliseconds"][OURS] for row in rows)
+    best = sum(min(row["milliseconds"].values()) for row in rows)
+    needed = sum(row["milliseconds"][OURS] * row["gigaflops"][OURS] for row in rows) / rate
+    return (
+        f"With {threads} thread{'s' * (threads > 1)} all of them together take {mine:.0f} ms. With the quickest way "
+        f"for each it would be {best:.0f} ms, and {needed:.0f} ms at the {rate:.0f} × 10⁹ operations a second of a "
+        "large matrix product."
+    )
+
+
 def large(growth: dict) -> str:
     """What one step of a hundred wide residual networks took."""
     row = growth["large"]
@@ -87,7 +118,8 @@ BLOCKS = {
     "README.md": {"steps": ("05_speed.json", steps_table)},
     "book/speed.md": {
         "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
-        "parts": ("05_speed.json", parts_table),
+        "parts": ("05_speed.json", parts_table), "layers": ("05_layers.json", layers_table),
+        "bound": ("05_layers.json", bound),
         "growth": ("05_growth.json", lambda growth: f"![{ALT}](images/growth.png)"),
         "large": ("05_growth.json", large),
     },

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def bench():
     """The benchmark's scripts, as modules."""
-    names = ("contestants", "growth", "speed_report", "training")
+    names = ("contestants", "growth", "layers", "speed_report", "training")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in names}
@@ -53,6 +53,28 @@ def test_ratios_follow_from_the_times(bench):
         assert row["times_faster_than_best_peer"] == pytest.approx(min(steps.values()) / mine, abs=0.006)
         if "plain loop" in steps:
             assert row["times_faster_than_loop"] == pytest.approx(steps["plain loop"] / mine, abs=0.006)
+
+
+def test_no_choice_among_kernels_would_change_much(bench):
+    """What the page says bounds a step: timed each way, the quickest for every product gains little."""
+    layers, record = bench.layers, bench.speed_report.read("05_layers.json")
+    assert len(record["rows"]) == 2 * (len(layers.LAYERS) * len(layers.PRODUCTS) - 1)
+    rows = bench.speed_report.most_threaded(record)
+    mine = sum(row["milliseconds"]["minisupernet"] for row in rows)
+    best = sum(min(row["milliseconds"].values()) for row in rows)
+    assert set(rows[0]["milliseconds"]) == set(layers.WAYS) and best > 0.8 * mine
+    assert max(rate for row in rows for rate in row["gigaflops"].values()) < record["matrix_rate_gflops"]["2"]
+
+
+@pytest.mark.parametrize("name", ["forward", "gradient of kernels", "gradient of images"])
+def test_all_ways_of_a_product_agree_and_a_wrong_one_is_caught(bench, name, monkeypatch):
+    monkeypatch.setattr(bench.layers, "TASKS", 3)
+    found = bench.layers.row("third", name, 1, repeats=1)
+    assert all(rate > 0 for rate in found["gigaflops"].values())
+    right = bench.layers.grouped
+    monkeypatch.setitem(bench.layers.WAYS, "one grouped convolution", lambda *given: 1.001 * right(*given))
+    with pytest.raises(SystemExit, match=f"one grouped convolution gives a wrong {name} of the third layer"):
+        bench.layers.row("third", name, 1, repeats=1)
 
 
 def test_a_hundred_large_networks_fit_in_4_gib(bench):
