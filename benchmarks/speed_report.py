@@ -36,6 +36,12 @@ def number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def short_table(speed: dict) -> str:
+    """The steps with the most threads alone."""
+    most = most_threads(speed)["threads"]
+    return steps_table({"rows": [row for row in speed["rows"] if row["threads"] == most]})
+
+
 def steps_table(speed: dict) -> str:
     """The whole step: milliseconds on the clock of each contestant, and how many times faster this package is."""
     names = [name.rpartition(".")[2] for name in NAMES]  # vmap
@@ -115,7 +121,7 @@ def large(growth: dict) -> str:
 
 
 BLOCKS = {
-    "README.md": {"steps": ("05_speed.json", steps_table)},
+    "README.md": {"steps": ("05_speed.json", short_table)},
     "book/speed.md": {
         "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
         "parts": ("05_speed.json", parts_table), "layers": ("05_layers.json", layers_table),

@@ -19,6 +19,7 @@ On the trained tasks, `right_z` against `wrong_z` (another task's) says whether 
 """
 
 import copy
+import fnmatch
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -41,6 +42,7 @@ from minisupernet.training import History, step_generator
 __all__ = ["ADAPTED", "Bench", "best_rate", "run_experiment"]
 
 ADAPTED = ("z_only", "random_generator", "from_scratch", "fine_tuned")
+PARTS = {"last_layer": "output.*", "biases": "*.bias"}  # the weights that these arms fit
 Weights = dict[str, Tensor]
 
 
@@ -136,8 +138,9 @@ class Bench:
         if arm == "one_network":
             return self._one_network(rate, len(data.tasks))
         start = self._ordinary_start(len(data.tasks)) if arm == "from_scratch" else self.shared_weights()
-        fit, only = self._fit(rate), {"last_layer": self._last_layer(), "biases": self._biases()}.get(arm)
-        return self.spec.split(fit_weights(self.spec, self.target, data, fit, start, only)[0])
+        names = [tensor.name for tensor in self.spec.tensors]
+        only = fnmatch.filter(names, PARTS[arm]) if arm in PARTS else None
+        return self.spec.split(fit_weights(self.spec, self.target, data, self._fit(rate), start, only)[0])
 
     def fit_z(self, generator: SuperNet, rate: float, data: TaskImages) -> Tensor:
         """The task vectors (T, z_dim) fitted to `data`'s tasks, the generator frozen."""
@@ -152,12 +155,6 @@ class Bench:
         start, watch = self._ordinary_start(1)[0], self.data(self.trained)
         flat, _ = fit_shared(self.spec, self.target, data, fit, start, watch)
         return self.spec.split(flat.expand(tasks, -1))
-
-    def _last_layer(self) -> list[str]:
-        return [tensor.name for tensor in self.spec.tensors if tensor.name.startswith("output.")]
-
-    def _biases(self) -> list[str]:
-        return [tensor.name for tensor in self.spec.tensors if tensor.name.endswith(".bias")]
 
     def _ordinary_start(self, tasks: int) -> Tensor:
         rule = "glorot" if self.setup.faithful else "torch"
@@ -201,6 +198,7 @@ def run_experiment(
     began = time.perf_counter()
     bench = Bench(setup, images, seed, fold)
     history = bench.train(checkpoint)
+    began -= max(0.0, history.last("seconds") - (time.perf_counter() - began))  # before an interruption
     trained = bench.measure_trained()
     seconds = time.perf_counter() - began
     report(f"generator: {seconds:.0f} s, test accuracy on trained tasks {fmean(trained['right_z']):.3f}")

@@ -90,13 +90,13 @@ def many_tasks(experiment: int, profile: str = "full") -> Setup:
     first = experiment == 1
     rates = {  # a single rate was the best of three on the validation images of fold 0, with smaller and larger ones
         "z_only": (1e-2 if first else 3e-2,), "random_generator": (3e-2, 1e-1),
-        "from_scratch": (1e-3 if first else 3e-3,), "fine_tuned": (1e-3, 3e-3, 1e-2),
+        "from_scratch": (1e-3, 3e-3) if first else (3e-3,), "fine_tuned": (1e-3, 3e-3, 1e-2),
         "last_layer": (3e-2, 1e-1, 3e-1), "biases": (3e-2, 1e-1, 3e-1),
     }  # fmt: skip
     few_rates = {
         "z_only": (1e-2,),
         "fine_tuned": (3e-4 if first else 3e-3,),
-        "from_scratch": (1e-2 if first else 1e-3,),
+        "from_scratch": (3e-3, 1e-2) if first else (1e-3,),
     }
     if first:  # in experiment 2 one network is at chance by construction
         rates["one_network"] = (1e-3,)

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from minisupernet import experiments
 from minisupernet.__main__ import main
@@ -128,6 +130,19 @@ def test_a_run_repeats_itself(many_squares):
     setup = short(better(2, "quick"))
     first, again = (run_experiment(setup, many_squares, report=lambda line: None) for _ in range(2))
     assert first["arms"] == again["arms"] and first["trained"] == again["trained"]
+
+
+def test_an_interrupted_run_counts_the_seconds_before(many_squares, tmp_path):
+    setup, path = short(better(1, "quick")), tmp_path / "run.safetensors"
+    run = run_experiment(setup, many_squares, checkpoint=path, report=lambda line: None)
+    with safe_open(path, "pt") as file:
+        notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    rows = json.loads(notes["history"])
+    rows[-1]["seconds"] = 1_000.0
+    save_file(tensors, path, {**notes, "history": json.dumps(rows)})
+    again = run_experiment(setup, many_squares, checkpoint=path, report=lambda line: None)
+    assert again["arms"] == run["arms"] and run["seconds"] < 500
+    assert again["seconds"] >= again["generator"]["seconds"] >= 1_000
 
 
 def test_the_rate_is_chosen_on_validation_images(many_squares, monkeypatch):
