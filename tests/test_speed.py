@@ -40,6 +40,7 @@ def test_every_contestant_was_checked_and_timed(bench):
     record = bench.speed_report.read("05_speed.json")
     assert record["largest_difference_in_float64"] <= 1e-10
     assert {row["threads"] for row in record["rows"]} == {1, 2}
+    assert len(bench.speed_report.HEADS) == len(bench.contestants.NAMES)
     for row in record["rows"]:
         assert row["largest_relative_difference"] <= 1e-5
         missing = set(bench.contestants.NAMES) - set(row["milliseconds"]["wall"])
