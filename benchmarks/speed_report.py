@@ -37,10 +37,10 @@ def number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def short_table(speed: dict) -> str:
-    """The steps with the most threads alone."""
-    most = most_threads(speed)["threads"]
-    return steps_table({"rows": [row for row in speed["rows"] if row["threads"] == most]})
+def most_threads(record: dict) -> list[dict]:
+    """The rows with the most threads."""
+    most = max(row["threads"] for row in record["rows"])
+    return [row for row in record["rows"] if row["threads"] == most]
 
 
 def steps_table(speed: dict) -> str:
@@ -55,14 +55,14 @@ def steps_table(speed: dict) -> str:
     return markdown(lines)
 
 
-def most_threads(speed: dict) -> dict:
+def at_98(speed: dict) -> dict:
     """The row of 98 tasks with the most threads."""
-    return max((row for row in speed["rows"] if row["tasks"] == AT), key=lambda row: row["threads"])
+    return next(row for row in most_threads(speed) if row["tasks"] == AT)
 
 
 def verdict(speed: dict) -> str:
     """Whether the step is as fast as it was meant to be."""
-    row = most_threads(speed)
+    row = at_98(speed)
     loop, peer = row["times_faster_than_loop"], row["times_faster_than_best_peer"]
     outcome = "The aims were" if loop >= AIMS[0] and peer >= AIMS[1] else "The aims were not reached: they were"
     return (
@@ -73,7 +73,7 @@ def verdict(speed: dict) -> str:
 
 def parts_table(speed: dict) -> str:
     """98 tasks with the most threads: milliseconds on the clock of each part, and the process's peak memory."""
-    row = most_threads(speed)
+    row = at_98(speed)
     lines = [["", *PARTS, "peak memory, MB"]]
     for name, parts in row["milliseconds"]["wall"].items():
         lines.append([name, *(number(parts[part], 1) for part in PARTS), number(row["peak_megabytes"][name])])
@@ -84,21 +84,16 @@ def layers_table(layers: dict) -> str:
     """Every product of every convolution with the most threads: its rate, each way, and the quickest in bold."""
     ways = list(layers["rows"][0]["gigaflops"])
     lines = [["layer", "product", *ways]]
-    for row in most_threaded(layers):
+    for row in most_threads(layers):
         best = max(row["gigaflops"].values())
         rates = [f"**{rate:.0f}**" if rate == best else f"{rate:.0f}" for rate in row["gigaflops"].values()]
         lines.append([row["layer"], row["product"], *rates])
     return markdown(lines)
 
 
-def most_threaded(layers: dict) -> list[dict]:
-    """The rows with the most threads."""
-    return [row for row in layers["rows"] if row["threads"] == max(each["threads"] for each in layers["rows"])]
-
-
 def bound(layers: dict) -> str:
     """All convolutions of a step: as this package does them, each product its quickest way, and at the matrix rate."""
-    rows = most_threaded(layers)
+    rows = most_threads(layers)
     threads, rate = rows[0]["threads"], layers["matrix_rate_gflops"][str(rows[0]["threads"])]
     mine = sum(row["milliseconds"][OURS] for row in rows)
     best = sum(min(row["milliseconds"].values()) for row in rows)
@@ -121,7 +116,7 @@ def large(growth: dict) -> str:
 
 
 BLOCKS = {
-    "README.md": {"steps": ("05_speed.json", short_table)},
+    "README.md": {"steps": ("05_speed.json", lambda speed: steps_table({"rows": most_threads(speed)}))},
     "book/speed.md": {
         "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
         "parts": ("05_speed.json", parts_table), "layers": ("05_layers.json", layers_table),

@@ -60,7 +60,7 @@ def test_no_choice_among_kernels_would_change_much(bench):
     """What the page says bounds a step: timed each way, the quickest for every product gains little."""
     layers, record = bench.layers, bench.speed_report.read("05_layers.json")
     assert len(record["rows"]) == 2 * (len(layers.LAYERS) * len(layers.PRODUCTS) - 1)
-    rows = bench.speed_report.most_threaded(record)
+    rows = bench.speed_report.most_threads(record)
     mine = sum(row["milliseconds"]["minisupernet"] for row in rows)
     best = sum(min(row["milliseconds"].values()) for row in rows)
     assert set(rows[0]["milliseconds"]) == set(layers.WAYS) and best > 0.8 * mine
