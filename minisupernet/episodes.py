@@ -72,9 +72,9 @@ class Episodes:
         if not classes or not set(classes) <= set(range(images.classes)):
             raise EpisodeError(f"classes must be numbers from 0 to {images.classes - 1}, at least one of them.")
         self.images, self.test, self.flip = images, test, flip
-        self.classes = torch.tensor(classes, device=images.device)
-        self.train_members = _by_class(images.train_labels, classes)
-        self.test_members = _by_class(images.test_labels, classes)
+        self.classes = torch.tensor(classes)  # episodes are drawn on the CPU, so that a GPU waits for no number
+        self.train_members = _by_class(images.train_labels.cpu(), classes)
+        self.test_members = _by_class(images.test_labels.cpu(), classes)
 
     def draw(self, step: int, seed: int, shape: Shape, count: int) -> Batch:
         """`count` random episodes, a function of `seed` and `step` alone.
@@ -83,14 +83,14 @@ class Episodes:
             EpisodeError: where there are too few classes, or too few images of a class.
         """
         self._check(shape)
-        random = step_generator(seed, step, self.images.device)
-        places = [self._permutation(len(self.classes), random)[: shape.way] for _ in range(count)]
+        random = step_generator(seed, step)
+        places = [torch.randperm(len(self.classes), generator=random)[: shape.way] for _ in range(count)]
         support, query = [], []
         for place in torch.stack(places).flatten().tolist():  # T * way classes
             own = self.train_members[place]
-            own = own[self._permutation(len(own), random)]
+            own = own[torch.randperm(len(own), generator=random)]
             other = self.test_members[place] if self.test else own[shape.support :]
-            order = self._permutation(len(other), random) if self.test else slice(None)
+            order = torch.randperm(len(other), generator=random) if self.test else slice(None)
             support.append(own[: shape.support])
             query.append(other[order][: shape.query])
         return self._batch(torch.stack(places), support, query, random if self.flip else None)
@@ -117,14 +117,11 @@ class Episodes:
     ) -> Batch:  # fmt: skip
         tasks, images = len(places), self.images
         source = images.test_images if self.test or test else images.train_images
-        pixels = [images.train_images[torch.cat(support)], source[torch.cat(query)]]
+        pixels = [images.train_images[torch.cat(support).to(images.device)], source[torch.cat(query).to(images.device)]]
         if random is not None:
             pixels = [augment(each, random, crop=0) for each in pixels]
         support, query = (normalise(each, images.mean, images.std).unflatten(0, (tasks, -1)) for each in pixels)
-        return Batch(self.classes[places.to(self.classes.device)], support, query)
-
-    def _permutation(self, size: int, random: torch.Generator) -> Tensor:
-        return torch.randperm(size, generator=random, device=random.device)
+        return Batch(self.classes[places].to(images.device), support, query)
 
     def _check(self, shape: Shape) -> None:
         if not 2 <= shape.way <= len(self.classes):

@@ -61,7 +61,7 @@ class SuperNet(nn.Module):
         self.trunk = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False))
         self.head_weight = nn.Parameter(torch.empty(widths[-1], spec.size))  # (width, P)
         self.head_bias = nn.Parameter(torch.empty(spec.size))  # (P,)
-        self.sparse = False  # whether one-hot z give sparse gradients, which TensorFlowRMSprop uses
+        self.sparse = False  # whether one-hot z give sparse gradients on the CPU, which TensorFlowRMSprop uses
         self._start_at_target_scale(z_share)
 
     @classmethod
@@ -107,7 +107,7 @@ class SuperNet(nn.Module):
 
     def _heads(self, z: Tensor) -> Tensor:
         if not z.is_floating_point() and not self.trunk:  # a one-hot z picks one row: no product needed
-            return F.embedding(z, self.head_weight, sparse=self.sparse) + self.head_bias
+            return F.embedding(z, self.head_weight, sparse=self.sparse and z.device.type == "cpu") + self.head_bias
         a = z if z.is_floating_point() else F.one_hot(z, self.z_dim).to(self.head_weight.dtype)  # (T, z_dim)
         for layer in self.trunk:
             a = F.leaky_relu(layer(a), 0.2)  # (T, width)
