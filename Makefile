@@ -36,6 +36,7 @@ bench: $(READY) ## time a training step beside its peers, and rewrite the tables
 	$(BIN)/python -W ignore benchmarks/training.py --peers _build/peers --out results/05_speed.json
 	$(BIN)/python benchmarks/layers.py --out results/05_layers.json
 	$(BIN)/python benchmarks/growth.py --out results/05_growth.json
+	$(BIN)/python benchmarks/budget.py --data "$(DATA)" --out results/05_budget.json
 	$(BIN)/python benchmarks/speed_report.py
 
 notebooks: $(READY) ## run every notebook and store its outputs in place

@@ -119,17 +119,24 @@ def hyperlight(ours: SuperNet, target: nn.Module) -> Contestant:
 
 
 class Contest:
-    """One contestant on `tasks` tasks, from one seed, so that all have the same weights and images."""
+    """One contestant on `tasks` tasks, from one seed, so that all have the same weights and images.
 
-    def __init__(self, name: str, tasks: int, dtype: torch.dtype = torch.float32) -> None:
+    On CUDA a step of float32 is done as training does it there, in bfloat16 where that is safe.
+    """
+
+    def __init__(
+        self, name: str, tasks: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
         target = TaskClassifier()
         ours = SuperNet(WeightSpec.of(target), Z_DIM, (HIDDEN,))
-        self.z = nn.Parameter((torch.randn(tasks, Z_DIM) / Z_DIM**0.5).to(dtype))
-        self.images = torch.randn(tasks, IMAGES, 3, 32, 32).to(dtype)
-        self.labels = torch.randint(2, (tasks, IMAGES)).to(dtype)
+        self.device = torch.device(device)
+        self.z = nn.Parameter((torch.randn(tasks, Z_DIM) / Z_DIM**0.5).to(device, dtype))
+        self.images = torch.randn(tasks, IMAGES, 3, 32, 32).to(device, dtype)
+        self.labels = torch.randint(2, (tasks, IMAGES)).to(device, dtype)
         self.contestant = contestant(name, ours, target)
-        parameters = [*self.contestant.generator.to(dtype).parameters(), self.z]
+        parameters = [*self.contestant.generator.to(device, dtype).parameters(), self.z]
+        self.mixed = self.device.type == "cuda" and dtype == torch.float32
         self.optimiser = torch.optim.AdamW(parameters, lr=0.0, fused=True)  # a whole step, and answers stay comparable
         made = self.contestant.generate(self.z)
         self.leaves = {name: w.detach().clone().requires_grad_() for name, w in made.items()}
@@ -149,12 +156,14 @@ class Contest:
             found = [self.contestant.run(weights, self.images)]
         if exact:
             found += torch.autograd.grad(self.loss(weights), self.z)
-        return [tensor.detach().numpy() for tensor in found]
+        return [tensor.detach().cpu().numpy() for tensor in found]
 
     def step(self) -> None:
         """A whole training step."""
         self.optimiser.zero_grad()
-        self.loss(self.contestant.generate(self.z)).backward()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            loss = self.loss(self.contestant.generate(self.z))
+        loss.backward()
         self.optimiser.step()
 
     def repeat(self, threads: int, parts: tuple[str, ...]) -> dict[str, tuple[float, float]]:
