@@ -4,6 +4,7 @@ python benchmarks/speed_report.py
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from contestants import NAMES, OURS, PARTS, PLAIN
@@ -94,7 +95,7 @@ def layers_table(layers: dict) -> str:
 def bound(layers: dict) -> str:
     """All convolutions of a step: as this package does them, each product its quickest way, and at the matrix rate."""
     rows = most_threads(layers)
-    threads, rate = rows[0]["threads"], layers["matrix_rate_gflops"][str(rows[0]["threads"])]
+    threads, rate = rows[0]["threads"], statistics.median(row["matrix_rate_gflops"] for row in rows)
     mine = sum(row["milliseconds"][OURS] for row in rows)
     best = sum(min(row["milliseconds"].values()) for row in rows)
     needed = sum(row["milliseconds"][OURS] * row["gigaflops"][OURS] for row in rows) / rate
@@ -103,6 +104,33 @@ def bound(layers: dict) -> str:
         f"for each it would be {best:.0f} ms, and {needed:.0f} ms at the {rate:.0f} × 10⁹ operations a second of a "
         "large matrix product."
     )
+
+
+def budget_table(budget: dict) -> str:
+    """The original's whole budget on each device: trained, and what a plain loop and one task a step would take."""
+    lines = [["device", "seconds", "plain loop", "one task a step", "accuracy, %", "memory, MB"]]
+    for run in budget["runs"]:
+        steps, whole = {row["tasks"]: row for row in run["steps"]}, run["whole"]
+        by_loop = 1e-3 * steps[whole["tasks"]]["plain_loop_milliseconds"] * whole["steps"]
+        one_by_one = 1e-3 * steps[1]["milliseconds"] * run["task_steps"]
+        times = [number(value, whole["seconds"] < 10) for value in (whole["seconds"], by_loop, one_by_one)]
+        right, most = number(100 * whole["test_accuracy"], 1), number(steps[whole["tasks"]]["megabytes"])
+        lines.append([run["device"].partition(": ")[2], *times, right, most])
+    return markdown(lines)
+
+
+def many_at_once(budget: dict) -> str:
+    """A step of the most tasks that each device was given."""
+    lines = []
+    for run in budget["runs"]:
+        row = max(run["steps"], key=lambda row: row["tasks"])
+        rate = 1e3 * row["tasks"] * run["images"] / row["milliseconds"]
+        lines.append(
+            f"A single step of {row['tasks']:,} tasks takes {1e-3 * row['milliseconds']:.2g} s "
+            f"({rate:,.0f} images a second) and holds {row['megabytes'] / 1024:.1f} GiB "
+            f"({run['device'].partition(': ')[2]})."
+        )
+    return " ".join(lines)
 
 
 def large(growth: dict) -> str:
@@ -123,6 +151,7 @@ BLOCKS = {
         "bound": ("05_layers.json", bound),
         "growth": ("05_growth.json", lambda growth: f"![{ALT}](images/growth.png)"),
         "large": ("05_growth.json", large),
+        "budget": ("05_budget.json", budget_table), "most": ("05_budget.json", many_at_once),
     },
 }  # fmt: skip  # page -> {mark: (record, what it writes)}
 

@@ -65,9 +65,12 @@ def difference(answers: dict[str, list[np.ndarray]], most: float) -> float:
     return float(f"{found[worst]:.1e}")
 
 
-def race(workers: dict[str, Worker], threads: int, parts: tuple[str, ...], repeats: int) -> dict[str, dict[str, list]]:
-    """{contestant: {part: (wall, CPU) milliseconds a repeat}}; the first repeat, not kept, warms up."""
-    times = {name: {part: [] for part in parts} for name in workers}
+def race(
+    workers: dict[str, Worker], threads: int, parts: tuple[str, ...], repeats: int
+) -> tuple[dict[str, dict[str, list]], float]:
+    """{contestant: {part: (wall, CPU) milliseconds a repeat}}, the first repeat, which warms up, not kept; and the
+    matrix rate, taken after each repeat."""
+    times, rates = {name: {part: [] for part in parts} for name in workers}, []
     for repeat in range(repeats + 1):
         for name in random.Random(repeat).sample(list(times), len(times)):  # nobody always follows the same one
             taken = workers[name].ask("repeat", threads, parts)
@@ -76,10 +79,11 @@ def race(workers: dict[str, Worker], threads: int, parts: tuple[str, ...], repea
             elif repeat:
                 for part in parts:
                     times[name][part].append(taken[part])
-    return times
+        rates.append(matrix_rate(threads))
+    return times, round(statistics.median(rates), 1)
 
 
-def matrix_rate(threads: int, repeats: int = 7) -> float:
+def matrix_rate(threads: int, repeats: int = 3) -> float:
     """What the machine can do: 10^9 operations a second in a product of two 1024 x 1024 matrices."""
     torch.set_num_threads(threads)
     left, right, out = torch.randn(3, 1024, 1024)
@@ -125,9 +129,9 @@ def rows(workers: dict[str, Worker], sizes: list[int], threads: list[int], repea
         for count in threads:
             apart = difference({name: worker.ask("answer") for name, worker in workers.items()}, 1e-5)
             turns = max(min(3, repeats), min(repeats, 160 // tasks))
-            times = race(workers, count, PARTS[:1] if many else PARTS, turns)
+            times, rate = race(workers, count, PARTS[:1] if many else PARTS, turns)
             about = {"threads": count, "tasks": tasks, "repeats": turns, "largest_relative_difference": apart}
-            row = about | summary(times, tasks, matrix_rate(count))
+            row = about | summary(times, tasks, rate)
             row["peak_megabytes"] = {name: worker.ask("peak") for name, worker in workers.items()}
             print({key: value for key, value in row.items() if key != "milliseconds"}, flush=True)
             found.append(row)

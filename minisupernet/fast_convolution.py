@@ -169,10 +169,9 @@ def _by_phases(gradient: Tensor, x: Tensor, weight: Tensor, padding: list[int]) 
     tasks, _, channels, height, width = weight.shape
     turned = F.pad(weight.flip(3, 4).transpose(1, 2), (width % 2, 0, height % 2, 0))  # (T, C, O, 2h', 2w')
     taps = turned.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 6, 2, 3, 5)  # (T, C, 2, 2, O, h', w')
+    taps = taps.flip(2, 3)  # having been turned, the odd phase came first
     reach = [_reach(side, pad) for side, pad in zip((height, width), padding, strict=True)]
-    phases = F.conv2d(gradient.flatten(1, 2), taps.flatten(0, 3), None, 1, reach, 1, tasks)
-    odd_first = phases.unflatten(1, (tasks, channels, 2, 2))  # (B, T, C, row 2, column 2, H/2, W/2), having been turned
-    columns = torch.stack((odd_first[:, :, :, :, 1], odd_first[:, :, :, :, 0]), -1).flatten(-2)
-    images = torch.stack((columns[:, :, :, 1], columns[:, :, :, 0]), -2).flatten(-3, -2)
+    phases = F.conv2d(gradient.flatten(1, 2), taps.flatten(0, 3), None, 1, reach, 1, tasks)  # (B, T C 2 2, H/2, W/2)
+    images = F.pixel_shuffle(phases, 2).unflatten(1, (tasks, channels))
     top, left = padding[0] % 2, padding[1] % 2
     return images[..., top : top + x.shape[-2], left : left + x.shape[-1]]
