@@ -21,6 +21,7 @@ from minisupernet.training import keep_memory
 NAMES = OURS, VMAP, TUNED, PLAIN, *LIBRARIES = (
     "minisupernet", "torch.func.vmap", "tuned loop", "plain loop", "hypnettorch", "hyperlight",
 )  # fmt: skip
+KEPT = "vmap, memory kept"  # no peer: vmap with the one piece of this package that is not a kernel
 IMAGES, Z_DIM, HIDDEN, SLOPE = 20, 16, 64, 0.2
 PARTS = ("step", "generation", "execution", "optimiser")
 
@@ -59,9 +60,11 @@ def contestant(name: str, ours: SuperNet, target: nn.Module) -> Contestant:
     """The contestant of this name; its generator computes what `ours` computes."""
     if name in LIBRARIES:
         return {"hypnettorch": hypnettorch, "hyperlight": hyperlight}[name](ours, target)
+    mapped = vmap(lambda own, x: functional_call(target, own, (x,)))
     ways = {
         OURS: lambda weights, images: run_tasks(target, weights, images),
-        VMAP: vmap(lambda own, x: functional_call(target, own, (x,))),
+        VMAP: mapped,
+        KEPT: mapped,
         TUNED: looped(target, unbound),
         PLAIN: looped(target, indexed),
     }
@@ -193,7 +196,7 @@ def peak() -> float:
 def serve(pipe: Connection, name: str, peers: str) -> None:
     """Be the process of one contestant: do each order (name, arguments) that comes, send back what it gives."""
     sys.path.append(peers)
-    if name == OURS:  # it is part of this package; the others have the memory they would have
+    if name in (OURS, KEPT):  # it is part of this package; the others have the memory they would have
         keep_memory()
     contest = None
     with suppress(EOFError):  # the driver has ended

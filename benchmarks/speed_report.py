@@ -7,7 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
-from contestants import NAMES, OURS, PARTS, PLAIN
+from contestants import KEPT, NAMES, OURS, PARTS, PLAIN, VMAP
 
 from minisupernet.plots import new_figure
 
@@ -72,6 +72,19 @@ def verdict(speed: dict) -> str:
     )
 
 
+def pieces(speed: dict) -> str:
+    """What the two pieces of this package bring at 98 tasks: memory kept from step to step, and its convolutions."""
+    lines = []
+    for row in speed["rows"]:
+        if row["tasks"] == AT:
+            steps = {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}
+            lines.append(
+                f"With {row['threads']} thread{'s' * (row['threads'] > 1)} `vmap` takes {steps[VMAP]:.0f} ms, "
+                f"{steps[KEPT]:.0f} ms with memory kept, and {steps[OURS]:.0f} ms with these convolutions too."
+            )
+    return " ".join(lines)
+
+
 def parts_table(speed: dict) -> str:
     """98 tasks with the most threads: milliseconds on the clock of each part, and the process's peak memory."""
     row = at_98(speed)
@@ -113,7 +126,7 @@ def budget_table(budget: dict) -> str:
         steps, whole = {row["tasks"]: row for row in run["steps"]}, run["whole"]
         by_loop = 1e-3 * steps[whole["tasks"]]["plain_loop_milliseconds"] * whole["steps"]
         one_by_one = 1e-3 * steps[1]["milliseconds"] * run["task_steps"]
-        times = [number(value, whole["seconds"] < 10) for value in (whole["seconds"], by_loop, one_by_one)]
+        times = [number(value, int(whole["seconds"] < 10)) for value in (whole["seconds"], by_loop, one_by_one)]
         right, most = number(100 * whole["test_accuracy"], 1), number(steps[whole["tasks"]]["megabytes"])
         lines.append([run["device"].partition(": ")[2], *times, right, most])
     return markdown(lines)
@@ -147,8 +160,8 @@ BLOCKS = {
     "README.md": {"steps": ("05_speed.json", lambda speed: steps_table({"rows": most_threads(speed)}))},
     "book/speed.md": {
         "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
-        "parts": ("05_speed.json", parts_table), "layers": ("05_layers.json", layers_table),
-        "bound": ("05_layers.json", bound),
+        "parts": ("05_speed.json", parts_table), "pieces": ("05_speed.json", pieces),
+        "layers": ("05_layers.json", layers_table), "bound": ("05_layers.json", bound),
         "growth": ("05_growth.json", lambda growth: f"![{ALT}](images/growth.png)"),
         "large": ("05_growth.json", large),
         "budget": ("05_budget.json", budget_table), "most": ("05_budget.json", many_at_once),
