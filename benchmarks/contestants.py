@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from minisupernet.supernet import SuperNet
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
@@ -179,6 +180,14 @@ class Contest:
             "optimiser": self.optimiser.step,
         }
         return {part: measure(works[part]) for part in parts}
+
+
+def operations(target: nn.Module) -> dict[str, int]:
+    """Operations of each layer of a target on one image, two a multiply-add, and of "all" of them."""
+    with FlopCounterMode(display=False) as counter:
+        target(torch.zeros(1, 3, 32, 32))
+    counts = {name.partition(".")[2]: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    return counts | {"all": counter.get_total_flops()}
 
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from contestants import measure, peak
+from contestants import measure, operations, peak
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
@@ -62,8 +62,8 @@ def costs(point: Point) -> dict[str, float]:
     multiply-adds of one image. 4 (d + 1) P + 3 T P + T B A floats: the generator with its gradient and AdamW's two
     moments; the T networks, their gradient, and its pieces before they are joined; images and what the layers keep.
     """
-    c, size = point.channels, WeightSpec.of(TaskClassifier(point.channels)).size
-    products = 25 * (3 * c * 256 + c * c * (64 + 16 + 4)) + 4 * c * 100 + 100 * 100 + 100
+    c, target = point.channels, TaskClassifier(point.channels)
+    size, products = WeightSpec.of(target).size, operations(target)["all"] / 2
     kept = 3 * 32 * 32 + 2 * c * (256 + 64 + 16 + 4) + 400
     return {
         "operations": 6e-6 * point.tasks * (point.z_dim * size + point.images * products),

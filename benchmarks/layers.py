@@ -21,7 +21,7 @@ from training import matrix_rate
 from minisupernet.fast_convolution import TaskConvolution
 from minisupernet.training import keep_memory
 
-TASKS, FILTERS, SIDE, STRIDE, PADDING = 98, 16, 5, 2, 2
+TASKS, FILTERS, SIDE, STRIDE, PADDING = 98, 16, 5, 2, 2  # of every convolution of TaskClassifier
 LAYERS = {"first": (3, 32), "second": (16, 16), "third": (16, 8), "fourth": (16, 4)}  # channels and height of its input
 PRODUCTS = FORWARD, OF_KERNELS, OF_IMAGES = ("forward", "gradient of kernels", "gradient of images")
 

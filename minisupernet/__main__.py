@@ -167,9 +167,7 @@ def run_experiment_command(options: argparse.Namespace) -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.setup not in setups.SETUPS:
-        raise setups.SetupError(f"there is no set-up '{options.setup}'; use one of {', '.join(setups.SETUPS)}.")
-    setup = setups.SETUPS[options.setup](options.number, options.profile)
+    setup = setups.make_setup(options.setup, options.number, options.profile)
     out = options.out or CHECKOUT / "results" / f"{options.number + 5:02d}_experiment_{options.number}.json"
     images = load(options.data, pick_device(options.device))
     for seed, fold in [(each, fold) for each in options.seeds for fold in options.folds or [each % setup.folds]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from minisupernet.fitting import Fit
 
-__all__ = ["SETUPS", "Setup", "SetupError", "better", "many_tasks", "original", "search", "unseen_pairs"]
+__all__ = ["SETUPS", "Setup", "SetupError", "better", "make_setup", "many_tasks", "original", "search", "unseen_pairs"]
 
 Rates = dict[str, tuple[float, ...]]
 
@@ -125,6 +125,17 @@ def search(experiment: int = 2, profile: str = "full") -> Setup:
 SETUPS = {
     "original": original, "better": better, "many_tasks": many_tasks, "unseen_pairs": unseen_pairs, "search": search,
 }  # fmt: skip
+
+
+def make_setup(name: str, experiment: int, profile: str = "full") -> Setup:
+    """The set-up of this name.
+
+    Raises:
+        SetupError: where there is no such set-up, experiment or profile.
+    """
+    if name not in SETUPS:
+        raise SetupError(f"there is no set-up '{name}'; use one of {', '.join(SETUPS)}.")
+    return SETUPS[name](experiment, profile)
 
 
 def _is_full(experiment: int, profile: str) -> bool:

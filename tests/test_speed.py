@@ -14,6 +14,7 @@ import torch
 
 from conftest import coloured_squares
 from minisupernet.static_hypernet import WideResNet
+from minisupernet.target import TaskClassifier
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +60,15 @@ def test_ratios_follow_from_the_times(bench):
         assert row["times_faster_than_best_peer"] == pytest.approx(min(steps.values()) / mine, abs=0.006)
         if "plain loop" in steps:
             assert row["times_faster_than_loop"] == pytest.approx(steps["plain loop"] / mine, abs=0.006)
+
+
+def test_the_layers_that_are_timed_are_the_targets(bench):
+    layers, height = bench.layers, 32
+    for layer, (channels, its_height) in zip(TaskClassifier().convolutions, layers.LAYERS.values(), strict=True):
+        assert (layer.in_channels, height) == (channels, its_height)
+        assert (layer.out_channels, *layer.kernel_size) == (layers.FILTERS, layers.SIDE, layers.SIDE)
+        assert layer.stride + layer.padding == (layers.STRIDE,) * 2 + (layers.PADDING,) * 2
+        height //= layers.STRIDE
 
 
 def test_no_choice_among_kernels_would_change_much(bench):

@@ -89,14 +89,12 @@ class ExperimentJob(Job):
         return {name: value for name, value in self.parameters.items() if name not in own}
 
     def _setup(self) -> Any:
-        from minisupernet.setups import SETUPS
+        from minisupernet.setups import make_setup
 
         own = self._own()
         if self.what not in ("1", "2"):
             raise RunError(f"there is no experiment '{self.what}'; use 1 or 2.")
-        if own["setup"] not in SETUPS:
-            raise RunError(f"there is no set-up '{own['setup']}'; use one of {', '.join(SETUPS)}.")
-        setup = SETUPS[own["setup"]](int(self.what), own["profile"])
+        setup = make_setup(own["setup"], int(self.what), own["profile"])
         for name, value in self._changed().items():
             setup = override(setup, name, value)
         return setup
