@@ -94,10 +94,10 @@ def train_whole(images: ImageSet, task_steps: int) -> dict:
 
 def record(run: dict, path: Path) -> None:
     """Put a run into the record, in place of an earlier one on the same device."""
-    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+    runs = json.loads(path.read_text(encoding="utf-8"))["devices"] if path.exists() else []
     others = [other for other in runs if other["device"] != run["device"]]
     with whole_file(path) as part:
-        part.write_text(json.dumps({"runs": [*others, run]}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"devices": [*others, run]}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

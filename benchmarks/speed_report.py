@@ -122,7 +122,7 @@ def bound(layers: dict) -> str:
 def budget_table(budget: dict) -> str:
     """The original's whole budget on each device: trained, and what a plain loop and one task a step would take."""
     lines = [["device", "seconds", "plain loop", "one task a step", "accuracy, %", "memory, MB"]]
-    for run in budget["runs"]:
+    for run in budget["devices"]:
         steps, whole = {row["tasks"]: row for row in run["steps"]}, run["whole"]
         by_loop = 1e-3 * steps[whole["tasks"]]["plain_loop_milliseconds"] * whole["steps"]
         one_by_one = 1e-3 * steps[1]["milliseconds"] * run["task_steps"]
@@ -135,7 +135,7 @@ def budget_table(budget: dict) -> str:
 def many_at_once(budget: dict) -> str:
     """A step of the most tasks that each device was given."""
     lines = []
-    for run in budget["runs"]:
+    for run in budget["devices"]:
         row = max(run["steps"], key=lambda row: row["tasks"])
         rate = 1e3 * row["tasks"] * run["images"] / row["milliseconds"]
         lines.append(

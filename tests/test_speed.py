@@ -147,14 +147,14 @@ def test_a_budget_at_small_scale(bench, tmp_path):
     for found in (run | {"task_steps": 7}, run | {"device": "cuda: a GPU"}, run):
         budget.record(found, path)
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert [found["device"] for found in document["runs"]] == ["cuda: a GPU", "cpu: a CPU"]
+    assert [found["device"] for found in document["devices"]] == ["cuda: a GPU", "cpu: a CPU"]
     gpu, cpu = bench.speed_report.budget_table(document).splitlines()[2:]
     by_loop = 2e-3 * steps[1]["plain_loop_milliseconds"]
     assert gpu.startswith("| a GPU | 12 |") and cpu.split(" | ")[2] == f"{by_loop:.0f}"
 
 
 def test_the_recorded_budget_is_the_originals(bench):
-    runs = bench.speed_report.read("05_budget.json")["runs"]
+    runs = bench.speed_report.read("05_budget.json")["devices"]
     on_gpu = any(run["device"].startswith("cuda") for run in runs)
     page = (ROOT / "book" / "speed.md").read_text(encoding="utf-8")
     assert on_gpu != ("**On a GPU nothing here has been timed yet.**" in page), "the page says otherwise"
