@@ -147,7 +147,8 @@ class WeightSpec:
 def run_tasks(target: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Run T different networks at once: task t's weights on task t's images.
 
-    Equal, to float rounding, to a Python loop of `functional_call(target, weights of t, images[t])`.
+    Equal, to float rounding, to a Python loop of `functional_call(target, weights of t, images[t])`. Inside an autocast
+    block the networks run wholly in its dtype.
 
     Args:
         target: the architecture; its own parameter values are not used.
@@ -166,11 +167,28 @@ def run_tasks(target: nn.Module, weights: Mapping[str, Tensor], images: Tensor) 
         raise TargetError(
             f"these weights are {tasks} networks, so images must be ({tasks}, B, ...), not {_shape(images)}."
         )
+    weights, buffers, images = _in_autocast_dtype(target, weights, images)
     if tasks == 1:  # nothing to run side by side
-        return functional_call(target, {name: own.squeeze(0) for name, own in weights.items()}, (images[0],))[None]
+        alone = {name: own.squeeze(0) for name, own in weights.items()}
+        return functional_call(target, (alone, buffers), (images[0],))[None]
     quick = images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     with FastConvolutions() if quick else nullcontext():
-        return vmap(lambda own, x: functional_call(target, own, (x,)))(dict(weights), images)
+        return vmap(lambda own, x: functional_call(target, (own, buffers), (x,)))(weights, images)
+
+
+def _in_autocast_dtype(
+    target: nn.Module, weights: Mapping[str, Tensor], images: Tensor
+) -> tuple[Weights, Weights, Tensor]:
+    """Weights, the target's own buffers and images, in autocast's dtype where it is on.
+
+    Under `vmap` autocast reaches some operations and not others, and a network needs one dtype.
+    """
+    device = images.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return dict(weights), {}, images
+    dtype = torch.get_autocast_dtype(device)
+    buffers = {name: own.to(dtype) for name, own in target.named_buffers() if own.is_floating_point()}
+    return {name: own.to(dtype) for name, own in weights.items()}, buffers, images.to(dtype)
 
 
 def _count_tasks(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -173,7 +173,8 @@ def test_autocast_is_left_to_pytorch(calls):
     weights, images = case(TaskClassifier(), (3, 32, 32), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         logits = run_tasks(TaskClassifier(), weights, images)
-        assert torch.equal(logits, by_vmap(TaskClassifier(), weights, images))
+    in_bfloat16 = {name: own.bfloat16() for name, own in weights.items()}, images.bfloat16()
+    assert torch.equal(logits, by_vmap(TaskClassifier(), *in_bfloat16))
     logits.float().sum().backward()
     assert not calls
 

@@ -69,6 +69,23 @@ def test_run_tasks_equals_the_loop_with_gradients(name):
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TARGETS)
+def test_under_autocast_networks_run_in_bfloat16(name, made_in):
+    """A generator under autocast makes its weights in bfloat16, while images are float32."""
+    target, shape = TARGETS[name]
+    spec = WeightSpec.of(target)
+    flat = spec.draw(3, torch.Generator().manual_seed(0)).requires_grad_()
+    images = torch.randn(3, 4, *shape, generator=torch.Generator().manual_seed(1))
+    exact = run_tasks(target, spec.split(flat), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = run_tasks(target, spec.split(flat.to(made_in)), images)
+    assert rough.dtype == torch.bfloat16
+    assert (rough - exact).abs().max() < 0.03 * exact.abs().max()
+    exact_gradient, gradient = (torch.autograd.grad(outputs.float().sum(), flat)[0] for outputs in (exact, rough))
+    assert (gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
+
+
 def test_each_task_sees_only_its_own_weights():
     target = TaskClassifier()
     spec = WeightSpec.of(target)
