@@ -188,7 +188,8 @@ def _in_autocast_dtype(
         return dict(weights), {}, images
     dtype = torch.get_autocast_dtype(device)
     buffers = {name: own.to(dtype) for name, own in target.named_buffers() if own.is_floating_point()}
-    return {name: own.to(dtype) for name, own in weights.items()}, buffers, images.to(dtype)
+    images = images.to(dtype) if images.is_floating_point() else images
+    return {name: own.to(dtype) for name, own in weights.items()}, buffers, images
 
 
 def _count_tasks(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:

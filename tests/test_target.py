@@ -86,6 +86,13 @@ def test_under_autocast_networks_run_in_bfloat16(name, made_in):
     assert (gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
 
 
+def test_whole_numbers_stay_so_under_autocast():
+    target, codes = nn.Embedding(300, 2), torch.tensor([[257, 299]])
+    table = torch.arange(600.0).view(1, 300, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run_tasks(target, {"weight": table}, codes), table[:, codes[0]].bfloat16())
+
+
 def test_each_task_sees_only_its_own_weights():
     target = TaskClassifier()
     spec = WeightSpec.of(target)
