@@ -9,12 +9,11 @@ beside a plain loop over tasks. The record has one run of each device, the newes
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from contestants import IMAGES, OURS, PLAIN, Z_DIM, Contest, peak
+from contestants import IMAGES, OURS, PLAIN, Z_DIM, Contest, measure, peak
 from training import difference
 
 from minisupernet.data import ImageSet, load
@@ -24,16 +23,10 @@ from minisupernet.results import provenance
 from minisupernet.supernet import SuperNet, train_generator
 from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.tasks import TaskImages, experiment_1, hold_out
-from minisupernet.training import keep_memory, pick_device
+from minisupernet.training import keep_memory, pick_device, wait_for
 
 TASK_STEPS, TASKS = 50_000, 98
 SIZES = (1, 8, 32, TASKS, 512, 2_000)  # tasks of a single step; the plain loop, ever slower, does not go on after TASKS
-
-
-def wait(device: torch.device) -> None:
-    """Let a GPU finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def memory(device: torch.device) -> float:
@@ -45,16 +38,14 @@ def memory(device: torch.device) -> float:
     return round(most, 1)
 
 
-def seconds_of(contest: Contest, repeats: int) -> float:
-    """The median seconds of a step, the first, which warms up, left out."""
-    times = []
-    for _ in range(repeats + 1):
-        wait(contest.device)
-        start = time.perf_counter()
+def milliseconds_of(contest: Contest, repeats: int) -> float:
+    """The median of a step, the first, which warms up, left out."""
+
+    def step() -> None:
         contest.step()
-        wait(contest.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        wait_for(contest.device)
+
+    return statistics.median([measure(step)[0] for _ in range(repeats + 1)][1:])
 
 
 def single_steps(device: torch.device, sizes: Sequence[int], repeats: int) -> list[dict]:
@@ -67,10 +58,10 @@ def single_steps(device: torch.device, sizes: Sequence[int], repeats: int) -> li
     rows = []
     for tasks in sorted(sizes):
         memory(device)
-        row = {"tasks": tasks, "milliseconds": 1e3 * seconds_of(Contest(OURS, tasks, device=device), repeats)}
+        row = {"tasks": tasks, "milliseconds": milliseconds_of(Contest(OURS, tasks, device=device), repeats)}
         row["megabytes"] = memory(device)
         if tasks <= TASKS:
-            row["plain_loop_milliseconds"] = 1e3 * seconds_of(Contest(PLAIN, tasks, device=device), repeats)
+            row["plain_loop_milliseconds"] = milliseconds_of(Contest(PLAIN, tasks, device=device), repeats)
         rows.append({key: round(value, 2) for key, value in row.items()})
         print(rows[-1], flush=True)
     return rows

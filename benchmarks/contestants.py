@@ -125,7 +125,7 @@ def hyperlight(ours: SuperNet, target: nn.Module) -> Contestant:
 class Contest:
     """One contestant on `tasks` tasks, from one seed, so that all have the same weights and images.
 
-    On CUDA a step of float32 is done as training does it there, in bfloat16 where that is safe.
+    On CUDA a step of float32 is done as training does it there, in bfloat16.
     """
 
     def __init__(

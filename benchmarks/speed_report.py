@@ -44,11 +44,16 @@ def most_threads(record: dict) -> list[dict]:
     return [row for row in record["rows"] if row["threads"] == most]
 
 
+def step_times(row: dict) -> dict[str, float]:
+    """Milliseconds on the clock of each contestant's whole step."""
+    return {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}
+
+
 def steps_table(speed: dict) -> str:
     """The whole step: milliseconds on the clock of each contestant, and how many times faster this package is."""
     lines = [["threads", "tasks", *HEADS, "plain loop ÷ ours", "best peer ÷ ours", "of matrix rate"]]
     for row in speed["rows"]:
-        steps = {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}
+        steps = step_times(row)
         times = [number(steps.get(name), 1 if row["tasks"] == 1 else 0) for name in NAMES]
         ratios = [number(row[f"times_faster_than_{of}"], 1) for of in ("loop", "best_peer")]
         share = f"{100 * row['share_of_matrix_rate']:.0f} %"
@@ -77,7 +82,7 @@ def pieces(speed: dict) -> str:
     lines = []
     for row in speed["rows"]:
         if row["tasks"] == AT:
-            steps = {name: parts["step"] for name, parts in row["milliseconds"]["wall"].items()}
+            steps = step_times(row)
             lines.append(
                 f"With {row['threads']} thread{'s' * (row['threads'] > 1)} `vmap` takes {steps[VMAP]:.0f} ms, "
                 f"{steps[KEPT]:.0f} ms with memory kept, and {steps[OURS]:.0f} ms with these convolutions too."

@@ -110,12 +110,13 @@ def summary(times: dict[str, dict[str, list]], tasks: int, rate: float) -> dict:
     }
     steps = {name: parts["step"] for name, parts in medians["wall"].items()}
     mine, best = steps[OURS], min((name for name in steps if name not in (OURS, KEPT)), key=steps.get)
+    operations_millions = needed(tasks)
     return {
         "milliseconds": medians, "best_peer": best,
         "times_faster_than_loop": round(steps[PLAIN] / mine, 2) if PLAIN in steps else None,
         "times_faster_than_best_peer": round(steps[best] / mine, 2),
-        "matrix_rate_gflops": rate, "operations_millions": needed(tasks),
-        "share_of_matrix_rate": round(needed(tasks) / mine / rate, 3),
+        "matrix_rate_gflops": rate, "operations_millions": operations_millions,
+        "share_of_matrix_rate": round(operations_millions / mine / rate, 3),
     }  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def rows(workers: dict[str, Worker], sizes: list[int], threads: list[int], repea
         many = tasks > MANY
         for count in threads:
             apart = difference({name: worker.ask("answer") for name, worker in workers.items()}, 1e-5)
-            turns = min(repeats, 3 if many else 9)
+            turns = min(repeats, 3) if many else repeats
             times, rate = race(workers, count, PARTS[:1] if many else PARTS, turns)
             about = {"threads": count, "tasks": tasks, "repeats": turns, "largest_relative_difference": apart}
             row = about | summary(times, tasks, rate)

@@ -25,7 +25,7 @@ from minisupernet.files import whole_file
 
 __all__ = [
     "History", "TrainingError", "constant", "frozen", "keep_memory", "one_cycle", "pick_device", "step_generator",
-    "train",
+    "train", "wait_for",
 ]  # fmt: skip
 
 CHECK_EVERY = 50  # steps between looks at the loss: looking makes a GPU wait
@@ -49,6 +49,12 @@ def pick_device(name: str = "auto") -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def wait_for(device: torch.device) -> None:
+    """Let a GPU finish what it was given, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -16,7 +16,7 @@ from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.hyperlstm import HyperLSTM
 from minisupernet.recurrent import LayerNormLSTM
 from minisupernet.text import CharacterModel, Text, bits_per_character, language_loss, python_help, streams
-from minisupernet.training import History, one_cycle, step_generator, train
+from minisupernet.training import History, one_cycle, step_generator, train, wait_for
 
 __all__ = [
     "MODELS", "RowClassifier", "Settings", "Task", "final_run", "fit", "image_task", "make_recurrent", "matched_sizes",
@@ -172,8 +172,7 @@ def fit(
 
     def evaluate() -> dict[str, float]:
         nonlocal spent, start
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         spent += clock() - start
         values = {"validation": task.validate(network), "train_seconds": spent}
         start = clock()

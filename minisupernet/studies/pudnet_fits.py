@@ -13,7 +13,7 @@ from minisupernet.episodes import Batch, Episodes, Learner
 from minisupernet.pudnet import cosine_logits, prototypes
 from minisupernet.results import rounded
 from minisupernet.target import run_tasks
-from minisupernet.training import one_cycle, step_generator, train
+from minisupernet.training import one_cycle, step_generator, train, wait_for
 
 __all__ = ["DatasetFits", "FitBudget", "kept_for_training", "measure_fits"]
 
@@ -63,11 +63,11 @@ class DatasetFits:
         way, seconds = self.test.way, []
         shown = self.test.support.unflatten(1, (way, -1))[:, :, :few].flatten(1, 2)  # (T, way * few, 3, 32, 32)
         for _ in range(3):
-            self._wait()
+            wait_for(self.images.device)
             began = time.perf_counter()
             weights = generator(shown)
             centres = prototypes(self._features(weights, shown), way)
-            self._wait()
+            wait_for(self.images.device)
             seconds.append(time.perf_counter() - began)
         return weights, centres, min(seconds) / len(centres)
 
@@ -88,10 +88,10 @@ class DatasetFits:
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(labels)  # as if each were alone
 
         optimizer = torch.optim.AdamW(state.parameters(), lr=rate, fused=True)
-        self._wait()
+        wait_for(self.images.device)
         began = time.perf_counter()
         train(state, optimizer, loss_at, steps, schedule=one_cycle, every=steps, label="fitting")
-        self._wait()
+        wait_for(self.images.device)
         seconds = (time.perf_counter() - began) / len(first)
         return {name: w.detach() for name, w in made().items()}, state["centres"].detach(), seconds
 
@@ -110,10 +110,6 @@ class DatasetFits:
 
     def _features(self, weights: Weights, pixels: Tensor) -> Tensor:
         return torch.cat([run_tasks(self.target, weights, part) for part in pixels.split(250, dim=1)], dim=1)
-
-    def _wait(self) -> None:
-        if self.images.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def measure_fits(
