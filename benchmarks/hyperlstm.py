@@ -1,12 +1,15 @@
-"""Time a step of HyperLSTM beside nn.LSTM and labml-nn's HyperLSTM: same sizes, one run, repeats taken in turn.
+"""Time a step of HyperLSTM beside nn.LSTM and labml-nn's HyperLSTM: same sizes, one
+run, repeats taken in turn.
 
 labml-nn goes into a folder of its own, so that it changes no installed package:
 
-    pip install --no-deps --target peers labml-nn==0.5.1 labml==0.5.3 labml-helpers==0.4.89
-    python benchmarks/hyperlstm.py --peers peers --out results/04_speed.json
+    pip install --no-deps --target peers labml-nn==0.5.1 labml==0.5.3
+    labml-helpers==0.4.89 python benchmarks/hyperlstm.py --peers peers --out
+    results/04_speed.json
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -55,16 +58,23 @@ def peer_class(folder: Path) -> type[nn.Module]:
     try:
         from labml_nn.hypernetworks.hyper_lstm import HyperLSTM as Peer
     except ImportError as error:
-        sys.exit(f"labml-nn is not in {folder} ({error}); the top of {Path(__file__).name} says how to put it there.")
+        sys.exit(
+            f"labml-nn is not in {folder} ({error}); the top of {Path(__file__).name}"
+            " says how to put it there."
+        )
     return Peer
 
 
 def networks(size: Size, peer: type[nn.Module]) -> dict[str, nn.Module]:
-    """The four networks of this size; all take (T, B, inputs) and return the outputs first."""
+    """The four networks of this size; all take (T, B, inputs) and return the outputs
+    first.
+    """
     return {
         "nn.LSTM": nn.LSTM(size.inputs, size.hidden),
         "minisupernet LayerNormLSTM": LayerNormLSTM(size.inputs, size.hidden),
-        BASELINE: HyperLSTM(size.inputs, size.hidden, hyper_size=size.hyper, n_z=size.n_z),
+        BASELINE: HyperLSTM(
+            size.inputs, size.hidden, hyper_size=size.hyper, n_z=size.n_z
+        ),
         PEER: peer(size.inputs, size.hidden, size.hyper, size.n_z, 1),
     }
 
@@ -85,34 +95,50 @@ def measure(work: Callable[[], None], steps: int) -> tuple[float, float]:
     """Microseconds a step: on the clock, and of CPU time."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return 1e6 * (time.perf_counter() - wall) / steps, 1e6 * (time.process_time() - cpu) / steps
+    return (
+        1e6 * (time.perf_counter() - wall) / steps,
+        1e6 * (time.process_time() - cpu) / steps,
+    )
 
 
 def time_size(size: Size, peer: type[nn.Module], repeats: int) -> dict:
-    """Medians over the repeats; in each repeat every network has its turn, so that a busy moment meets them all."""
+    """Medians over the repeats; in each repeat every network has its turn, so that a
+    busy moment meets them all.
+    """
     torch.manual_seed(0)
     x, found = torch.randn(size.steps, size.batch, size.inputs), networks(size, peer)
     times: dict[tuple[str, str], list] = {}
     for repeat in range(repeats + 2):  # the first two warm up
         for name, network in found.items():
             for work in (forward, forward_backward):
-                taken = measure(lambda: work(network, x), size.steps)  # noqa: B023
+                step = functools.partial(work, network, x)
+                taken = measure(step, size.steps)
                 if repeat > 1:
                     times.setdefault((name, work.__name__), []).append(taken)
     medians = {
-        key: [round(statistics.median(row[clock] for row in rows), 1) for clock in (0, 1)]
+        key: [
+            round(statistics.median(row[clock] for row in rows), 1) for clock in (0, 1)
+        ]
         for key, rows in times.items()
     }
     return {
         **asdict(size),
-        "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in found.items()},
+        "parameters": {
+            name: sum(p.numel() for p in network.parameters())
+            for name, network in found.items()
+        },
         "microseconds": {
-            name: {work: dict(zip(("wall", "cpu"), medians[name, work], strict=True)) for work in WORK}
+            name: {
+                work: dict(zip(("wall", "cpu"), medians[name, work], strict=True))
+                for work in WORK
+            }
             for name in found
         },
         "times_faster_than_peer": {
             work: {
-                clock: round(medians[PEER, work][place] / medians[BASELINE, work][place], 2)
+                clock: round(
+                    medians[PEER, work][place] / medians[BASELINE, work][place], 2
+                )
                 for place, clock in enumerate(("wall", "cpu"))
             }
             for work in WORK
@@ -123,10 +149,14 @@ def time_size(size: Size, peer: type[nn.Module], repeats: int) -> dict:
 def main() -> None:
     """Time every size and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", type=Path, required=True, help="folder with labml-nn")
+    parser.add_argument(
+        "--peers", type=Path, required=True, help="folder with labml-nn"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
-    parser.add_argument("--repeats", type=int, default=20, help="times each network is timed (20)")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="times each network is timed (20)"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     peer, sizes = peer_class(options.peers), []
@@ -134,10 +164,15 @@ def main() -> None:
         sizes.append(time_size(size, peer, options.repeats))
         print(size.name, sizes[-1]["times_faster_than_peer"], flush=True)
     document = {
-        "threads": options.threads, "repeats": options.repeats, "cores": os.cpu_count(),
-        "machine": f"{platform.machine()} CPU", "python": platform.python_version(), "torch": torch.__version__,
-        "peer": f"labml-nn {version('labml-nn')}", "sizes": sizes,
-    }  # fmt: skip
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "cores": os.cpu_count(),
+        "machine": f"{platform.machine()} CPU",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peer": f"labml-nn {version('labml-nn')}",
+        "sizes": sizes,
+    }
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""Write what the speed records say into README.md and book/speed.md, and draw book/images/growth.png.
+"""Write what the speed records say into README.md and book/speed.md, and draw
+book/images/growth.png.
 
 python benchmarks/speed_report.py
 """
@@ -9,15 +10,27 @@ from pathlib import Path
 
 from contestants import KEPT, NAMES, OURS, PARTS, PLAIN, VMAP
 
-from minisupernet.plots import new_figure
+from minisupernet.course.plots import new_figure
 
 ROOT = Path(__file__).resolve().parent.parent
-LABELS = {"tasks": "tasks T", "images": "images a task B", "z_dim": "numbers in z", "channels": "filters of the target"}
+LABELS = {
+    "tasks": "tasks T",
+    "images": "images a task B",
+    "z_dim": "numbers in z",
+    "channels": "filters of the target",
+}
 ALT = (
-    "Milliseconds and memory of a step against tasks, images a task, numbers in z and filters of the target: "
-    "measured points beside dashed lines of the two formulas."
+    "Milliseconds and memory of a step against tasks, images a task, numbers in z and"
+    " filters of the target: measured points beside dashed lines of the two formulas."
 )
-HEADS = "ours", "vmap", "tuned loop", "plain loop", "hypnet&shy;torch", "hyper&shy;light"  # NAMES, short
+HEADS = (
+    "ours",
+    "vmap",
+    "tuned loop",
+    "plain loop",
+    "hypnet&shy;torch",
+    "hyper&shy;light",
+)  # NAMES, short
 AIMS = 4, 2  # times faster than the plain loop, and than the best peer, at 98 tasks
 AT = 98
 
@@ -30,7 +43,9 @@ def read(name: str) -> dict:
 def markdown(lines: list[list[str]]) -> str:
     """A table: the first line is its head, and all is set to the right."""
     head, *body = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---:"] * len(head), *body])
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in [head, ["---:"] * len(head), *body]
+    )
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -50,12 +65,27 @@ def step_times(row: dict) -> dict[str, float]:
 
 
 def steps_table(speed: dict) -> str:
-    """The whole step: milliseconds on the clock of each contestant, and how many times faster this package is."""
-    lines = [["threads", "tasks", *HEADS, "plain loop ÷ ours", "best peer ÷ ours", "of matrix rate"]]
+    """The whole step: milliseconds on the clock of each contestant, and how many times
+    faster this package is.
+    """
+    lines = [
+        [
+            "threads",
+            "tasks",
+            *HEADS,
+            "plain loop ÷ ours",
+            "best peer ÷ ours",
+            "of matrix rate",
+        ]
+    ]
     for row in speed["rows"]:
         steps = step_times(row)
-        times = [number(steps.get(name), 1 if row["tasks"] == 1 else 0) for name in NAMES]
-        ratios = [number(row[f"times_faster_than_{of}"], 1) for of in ("loop", "best_peer")]
+        times = [
+            number(steps.get(name), 1 if row["tasks"] == 1 else 0) for name in NAMES
+        ]
+        ratios = [
+            number(row[f"times_faster_than_{of}"], 1) for of in ("loop", "best_peer")
+        ]
         share = f"{100 * row['share_of_matrix_rate']:.0f} %"
         lines.append([str(row["threads"]), str(row["tasks"]), *times, *ratios, share])
     return markdown(lines)
@@ -70,69 +100,117 @@ def verdict(speed: dict) -> str:
     """Whether the step is as fast as it was meant to be."""
     row = at_98(speed)
     loop, peer = row["times_faster_than_loop"], row["times_faster_than_best_peer"]
-    outcome = "The aims were" if loop >= AIMS[0] and peer >= AIMS[1] else "The aims were not reached: they were"
+    outcome = (
+        "The aims were"
+        if loop >= AIMS[0] and peer >= AIMS[1]
+        else "The aims were not reached: they were"
+    )
     return (
-        f"At {AT} tasks and {row['threads']} threads the step is {loop:.1f} times as fast as the {PLAIN} and "
-        f"{peer:.1f} times as fast as the best peer, {row['best_peer']}. {outcome} {AIMS[0]} and {AIMS[1]} times."
+        f"At {AT} tasks and {row['threads']} threads the step is {loop:.1f} times as"
+        f" fast as the {PLAIN} and {peer:.1f} times as fast as the best peer,"
+        f" {row['best_peer']}. {outcome} {AIMS[0]} and {AIMS[1]} times."
     )
 
 
 def pieces(speed: dict) -> str:
-    """What the two pieces of this package bring at 98 tasks: memory kept from step to step, and its convolutions."""
+    """What the two pieces of this package bring at 98 tasks: memory kept from step to
+    step, and its convolutions.
+    """
     lines = []
     for row in speed["rows"]:
         if row["tasks"] == AT:
             steps = step_times(row)
             lines.append(
-                f"With {row['threads']} thread{'s' * (row['threads'] > 1)} `vmap` takes {steps[VMAP]:.0f} ms, "
-                f"{steps[KEPT]:.0f} ms with memory kept, and {steps[OURS]:.0f} ms with these convolutions too."
+                f"With {row['threads']} thread{'s' * (row['threads'] > 1)} `vmap` takes"
+                f" {steps[VMAP]:.0f} ms, {steps[KEPT]:.0f} ms with memory kept, and"
+                f" {steps[OURS]:.0f} ms with these convolutions too."
             )
     return " ".join(lines)
 
 
 def parts_table(speed: dict) -> str:
-    """98 tasks with the most threads: milliseconds on the clock of each part, and the process's peak memory."""
+    """98 tasks with the most threads: milliseconds on the clock of each part, and the
+    process's peak memory.
+    """
     row = at_98(speed)
     lines = [["", *PARTS, "peak memory, MB"]]
     for name, parts in row["milliseconds"]["wall"].items():
-        lines.append([name, *(number(parts[part], 1) for part in PARTS), number(row["peak_megabytes"][name])])
+        lines.append(
+            [
+                name,
+                *(number(parts[part], 1) for part in PARTS),
+                number(row["peak_megabytes"][name]),
+            ]
+        )
     return markdown(lines)
 
 
 def layers_table(layers: dict) -> str:
-    """Every product of every convolution with the most threads: its rate, each way, and the quickest in bold."""
+    """Every product of every convolution with the most threads: its rate, each way, and
+    the quickest in bold.
+    """
     ways = list(layers["rows"][0]["gigaflops"])
     lines = [["layer", "product", *ways]]
     for row in most_threads(layers):
         best = max(row["gigaflops"].values())
-        rates = [f"**{rate:.0f}**" if rate == best else f"{rate:.0f}" for rate in row["gigaflops"].values()]
+        rates = [
+            f"**{rate:.0f}**" if rate == best else f"{rate:.0f}"
+            for rate in row["gigaflops"].values()
+        ]
         lines.append([row["layer"], row["product"], *rates])
     return markdown(lines)
 
 
 def bound(layers: dict) -> str:
-    """All convolutions of a step: as this package does them, each product its quickest way, and at the matrix rate."""
+    """All convolutions of a step: as this package does them, each product its quickest
+    way, and at the matrix rate.
+    """
     rows = most_threads(layers)
-    threads, rate = rows[0]["threads"], statistics.median(row["matrix_rate_gflops"] for row in rows)
+    threads, rate = (
+        rows[0]["threads"],
+        statistics.median(row["matrix_rate_gflops"] for row in rows),
+    )
     mine = sum(row["milliseconds"][OURS] for row in rows)
     best = sum(min(row["milliseconds"].values()) for row in rows)
-    needed = sum(row["milliseconds"][OURS] * row["gigaflops"][OURS] for row in rows) / rate
+    needed = (
+        sum(row["milliseconds"][OURS] * row["gigaflops"][OURS] for row in rows) / rate
+    )
     return (
-        f"With {threads} thread{'s' * (threads > 1)} all of them together take {mine:.0f} ms. With the quickest way "
-        f"for each it would be {best:.0f} ms, and {needed:.0f} ms at the {rate:.0f} × 10⁹ operations a second of a "
-        "large matrix product."
+        f"With {threads} thread{'s' * (threads > 1)} all of them together take"
+        f" {mine:.0f} ms. With the quickest way for each it would be {best:.0f} ms, and"
+        f" {needed:.0f} ms at the {rate:.0f} × 10⁹ operations a second of a large"
+        " matrix product."
     )
 
 
 def budget_table(budget: dict) -> str:
-    """The original's whole budget on each device: trained, and what a plain loop and one task a step would take."""
-    lines = [["device", "seconds", "plain loop", "one task a step", "accuracy, %", "memory, MB"]]
+    """The original's whole budget on each device: trained, and what a plain loop and
+    one task a step would take.
+    """
+    lines = [
+        [
+            "device",
+            "seconds",
+            "plain loop",
+            "one task a step",
+            "accuracy, %",
+            "memory, MB",
+        ]
+    ]
     for run in budget["devices"]:
         steps, whole = {row["tasks"]: row for row in run["steps"]}, run["whole"]
-        by_loop = 1e-3 * steps[whole["tasks"]]["plain_loop_milliseconds"] * whole["steps"]
+        by_loop = (
+            1e-3 * steps[whole["tasks"]]["plain_loop_milliseconds"] * whole["steps"]
+        )
         one_by_one = 1e-3 * steps[1]["milliseconds"] * run["task_steps"]
-        times = [number(value, int(whole["seconds"] < 10)) for value in (whole["seconds"], by_loop, one_by_one)]
-        right, most = number(100 * whole["test_accuracy"], 1), number(steps[whole["tasks"]]["megabytes"])
+        times = [
+            number(value, int(whole["seconds"] < 10))
+            for value in (whole["seconds"], by_loop, one_by_one)
+        ]
+        right, most = (
+            number(100 * whole["test_accuracy"], 1),
+            number(steps[whole["tasks"]]["megabytes"]),
+        )
         lines.append([run["device"].partition(": ")[2], *times, right, most])
     return markdown(lines)
 
@@ -144,9 +222,10 @@ def many_at_once(budget: dict) -> str:
         row = max(run["steps"], key=lambda row: row["tasks"])
         rate = 1e3 * row["tasks"] * run["images"] / row["milliseconds"]
         lines.append(
-            f"A single step of {row['tasks']:,} tasks takes {1e-3 * row['milliseconds']:.2g} s "
-            f"({rate:,.0f} images a second) and holds {row['megabytes'] / 1024:.1f} GiB "
-            f"({run['device'].partition(': ')[2]})."
+            f"A single step of {row['tasks']:,} tasks takes"
+            f" {1e-3 * row['milliseconds']:.2g} s ({rate:,.0f} images a second) and"
+            f" holds {row['megabytes'] / 1024:.1f} GiB"
+            f" ({run['device'].partition(': ')[2]})."
         )
     return " ".join(lines)
 
@@ -155,23 +234,34 @@ def large(growth: dict) -> str:
     """What one step of a hundred wide residual networks took."""
     row = growth["large"]
     return (
-        f"One step for {row['tasks']} tasks of {row['images']} images, {row['group']} tasks at a time, took "
-        f"{row['seconds']:.0f} s with one thread, and the process held {row['megabytes'] / 1024:.1f} GiB at most. Each "
-        f"network has {row['weights']:,} weights; {row['learned']:,} numbers are learned for all of them together."
+        f"One step for {row['tasks']} tasks of {row['images']} images, {row['group']}"
+        f" tasks at a time, took {row['seconds']:.0f} s with one thread, and the"
+        f" process held {row['megabytes'] / 1024:.1f} GiB at most. Each network has"
+        f" {row['weights']:,} weights; {row['learned']:,} numbers are learned for all"
+        " of them together."
     )
 
 
 BLOCKS = {
-    "README.md": {"steps": ("05_speed.json", lambda speed: steps_table({"rows": most_threads(speed)}))},
+    "README.md": {
+        "steps": (
+            "05_speed.json",
+            lambda speed: steps_table({"rows": most_threads(speed)}),
+        )
+    },
     "book/speed.md": {
-        "steps": ("05_speed.json", steps_table), "verdict": ("05_speed.json", verdict),
-        "parts": ("05_speed.json", parts_table), "pieces": ("05_speed.json", pieces),
-        "layers": ("05_layers.json", layers_table), "bound": ("05_layers.json", bound),
+        "steps": ("05_speed.json", steps_table),
+        "verdict": ("05_speed.json", verdict),
+        "parts": ("05_speed.json", parts_table),
+        "pieces": ("05_speed.json", pieces),
+        "layers": ("05_layers.json", layers_table),
+        "bound": ("05_layers.json", bound),
         "growth": ("05_growth.json", lambda growth: f"![{ALT}](images/growth.png)"),
         "large": ("05_growth.json", large),
-        "budget": ("05_budget.json", budget_table), "most": ("05_budget.json", many_at_once),
+        "budget": ("05_budget.json", budget_table),
+        "most": ("05_budget.json", many_at_once),
     },
-}  # fmt: skip  # page -> {mark: (record, what it writes)}
+}  # page -> {mark: (record, what it writes)}
 
 
 def filled(text: str, mark: str, drawn: str) -> str:
@@ -182,16 +272,25 @@ def filled(text: str, mark: str, drawn: str) -> str:
 
 
 def draw(growth: dict, path: Path) -> None:
-    """Measured points and the formula's lines, scaled to the point that all sweeps share."""
+    """Measured points and the formula's lines, scaled to the point that all sweeps
+    share.
+    """
     figure, axes = new_figure(2, len(LABELS), width=9.0, height=4.6)
-    shared = next(row for row in growth["sweeps"]["tasks"] if row in growth["sweeps"]["images"])
+    shared = next(
+        row for row in growth["sweeps"]["tasks"] if row in growth["sweeps"]["images"]
+    )
     for column, (name, label) in enumerate(LABELS.items()):
         rows = growth["sweeps"][name]
         x = [row[name] for row in rows]
-        for axis, measured, formula in ((axes[0], "milliseconds", "operations"), (axes[1], "megabytes", "floats")):
+        for axis, measured, formula in (
+            (axes[0], "milliseconds", "operations"),
+            (axes[1], "megabytes", "floats"),
+        ):
             axis[column].plot(x, [row[measured] for row in rows], "o", label="measured")
             scale = shared[measured] / shared[formula]
-            axis[column].plot(x, [row[formula] * scale for row in rows], "--", label="formula")
+            axis[column].plot(
+                x, [row[formula] * scale for row in rows], "--", label="formula"
+            )
             axis[column].set(xscale="log", yscale="log", xticks=x, xticklabels=x)
             axis[column].minorticks_off()
             if column:

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["FileError", "data_folder", "whole_file"]
+from minisupernet.errors import FileError
 
-
-class FileError(OSError):
-    """A file or folder that cannot be written; the message says which and what to do."""
+__all__ = ["data_folder", "whole_file"]
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path to write; move it to `path` when the block ends well, remove it when it does not.
+    """Give a temporary path to write; move it to `path` when the block ends well,
+    remove it when it does not.
 
-    Readers see the old file or the new one, never half of one, also when the process is killed or the disk is full.
+    Readers see the old file or the new one, never half of one, also when the process is
+    killed or the disk is full.
 
     Raises:
         FileError: where the folder cannot be written or there is no space left.
@@ -30,7 +30,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     except OSError as error:
         raise FileError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place."
+            f"cannot write {path}: {error.strerror or error}; free space or choose"
+            " another place."
         ) from error
     finally:
         with suppress(OSError):
@@ -38,7 +39,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def data_folder() -> Path:
-    """The folder of the image files: `$MINISUPERNET_DATA`, else "minisupernet" in the user's cache folder."""
+    """The folder of the image files: `$MINISUPERNET_DATA`, else "minisupernet" in the
+    user's cache folder.
+    """
     if chosen := os.environ.get("MINISUPERNET_DATA"):
         return Path(chosen).expanduser()
     if sys.platform == "win32":

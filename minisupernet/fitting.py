@@ -1,7 +1,8 @@
-"""Fitting many networks side by side: how a fit is done, ordinary weights as the thing fitted, and accuracy.
+"""Fitting many networks side by side: how a fit is done, ordinary weights as the thing
+fitted, and accuracy.
 
-What is fitted differs from arm to arm of an experiment (all weights, some of them, a task vector); images, steps and
-batch order do not.
+What is fitted differs from arm to arm of an experiment (all weights, some of them, a
+task vector); images, steps and batch order do not.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,27 +13,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisupernet.data.tasks import TaskImages
+from minisupernet.errors import FitError
 from minisupernet.optimizers import TensorFlowRMSprop
+from minisupernet.supernet import SuperNet, TaskVectors
 from minisupernet.target import WeightSpec, run_tasks
-from minisupernet.tasks import TaskImages
-from minisupernet.training import History, constant, one_cycle, train
+from minisupernet.training import History, constant, frozen, one_cycle, train
 
-__all__ = ["Fit", "FitError", "accuracy", "fit_alone", "fit_shared", "fit_weights", "minimise"]
+__all__ = [
+    "Fit",
+    "accuracy",
+    "fit_shared",
+    "fit_weights",
+    "fit_z",
+    "minimise",
+    "train_generator",
+]
 
 Weights = dict[str, Tensor]
 
 
-class FitError(ValueError):
-    """A fit that cannot be done as asked; the message says what can."""
-
-
 @dataclass(frozen=True)
 class Fit:
-    """How a network, a z or a generator is fitted; the same for every arm of an experiment but for the rate.
+    """How a network, a z or a generator is fitted; the same for every arm of an
+    experiment but for the rate.
 
-    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights, `z_rate` of task vectors, and
-    their weight decays `decay` and `z_decay`; `optimizer` "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle
-    schedule, else a constant rate.
+    `images` a task and step; `tasks` at each step (None: all); `rate` of the weights,
+    `z_rate` of task vectors, and their weight decays `decay` and `z_decay`; `optimizer`
+    "adamw" or "tensorflow-rmsprop"; `cycle`: one-cycle schedule, else a constant rate.
     """
 
     steps: int
@@ -47,8 +55,12 @@ class Fit:
     cycle: bool = True
     every: int = 100
 
-    def make_optimizer(self, weights: list[Tensor], z: list[Tensor]) -> torch.optim.Optimizer:
-        """An optimiser over weights and task vectors, each with its own rate and weight decay."""
+    def make_optimizer(
+        self, weights: list[Tensor], z: list[Tensor]
+    ) -> torch.optim.Optimizer:
+        """An optimiser over weights and task vectors, each with its own rate and weight
+        decay.
+        """
         groups = [
             {"params": weights, "lr": self.rate, "weight_decay": self.decay},
             {"params": z, "lr": self.z_rate, "weight_decay": self.z_decay},
@@ -57,8 +69,16 @@ class Fit:
         if self.optimizer == "adamw":
             return torch.optim.AdamW(groups, fused=True)
         if self.optimizer == "tensorflow-rmsprop":
-            return TensorFlowRMSprop([{k: v for k, v in group.items() if k != "weight_decay"} for group in groups])
-        raise FitError(f"there is no optimiser '{self.optimizer}'; choose 'adamw' or 'tensorflow-rmsprop'.")
+            return TensorFlowRMSprop(
+                [
+                    {k: v for k, v in group.items() if k != "weight_decay"}
+                    for group in groups
+                ]
+            )
+        raise FitError(
+            f"there is no optimiser '{self.optimizer}'; choose 'adamw' or"
+            " 'tensorflow-rmsprop'."
+        )
 
 
 def minimise(
@@ -69,11 +89,19 @@ def minimise(
     measure: Callable[[], Tensor],
     checkpoint: Path | None = None,
 ) -> History:
-    """Run the training loop as `fit` says; `measure` gives the validation accuracies of a look, one a task."""
+    """Run the training loop as `fit` says; `measure` gives the validation accuracies of
+    a look, one a task.
+    """
     return train(
-        state, optimizer, loss_at, fit.steps, schedule=one_cycle if fit.cycle else constant, every=fit.every,
-        evaluate=lambda: {"validation_accuracy": measure().mean().item()}, checkpoint=checkpoint,
-    )  # fmt: skip
+        state,
+        optimizer,
+        loss_at,
+        fit.steps,
+        schedule=one_cycle if fit.cycle else constant,
+        every=fit.every,
+        evaluate=lambda: {"validation_accuracy": measure().mean().item()},
+        checkpoint=checkpoint,
+    )
 
 
 def fit_alone(
@@ -91,12 +119,24 @@ def fit_alone(
     """
 
     def loss_at(step: int) -> Tensor:
-        _, images, labels = data.batch(step, fit.seed, fit.images)  # (T, B, ...), (T, B)
+        _, images, labels = data.batch(
+            step, fit.seed, fit.images
+        )  # (T, B, ...), (T, B)
         logits = run_tasks(target, make_weights(), images)
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
+        return (
+            F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            .mean(1)
+            .sum()
+        )
 
     optimizer = fit.make_optimizer(weights, z)
-    return minimise(state, optimizer, loss_at, fit, lambda: accuracy(target, make_weights(), data, "validation"))
+    return minimise(
+        state,
+        optimizer,
+        loss_at,
+        fit,
+        lambda: accuracy(target, make_weights(), data, "validation"),
+    )
 
 
 def fit_weights(
@@ -107,11 +147,13 @@ def fit_weights(
     start: Tensor,
     only: Sequence[str] | None = None,
 ) -> tuple[Tensor, History]:
-    """Fit the weights of one ordinary network for each task: fine-tuning or training from scratch, as `start` says.
+    """Fit the weights of one ordinary network for each task: fine-tuning or training
+    from scratch, as `start` says.
 
     Args:
         start: the weights to begin from, (P,) for all tasks or (T, P).
-        only: names of the tensors to fit, such as the last layer's; the others stay as they start. None: all.
+        only: names of the tensors to fit, such as the last layer's; the others stay as
+            they start. None: all.
 
     Returns:
         The weights (T, P) and the History.
@@ -127,7 +169,9 @@ def fit_weights(
         return fitted if only is None else whole.index_copy(1, columns, fitted)
 
     state = nn.ParameterDict({"weights": fitted})
-    history = fit_alone(state, lambda: spec.split(flat()), [fitted], [], target, data, fit)
+    history = fit_alone(
+        state, lambda: spec.split(flat()), [fitted], [], target, data, fit
+    )
     return flat().detach(), history
 
 
@@ -137,13 +181,23 @@ def _columns(spec: WeightSpec, only: Sequence[str] | None) -> Tensor:
     if unknown := [name for name in only or () if name not in names]:
         raise FitError(f"the target has no weights {unknown}; it has {names}.")
     wanted = torch.tensor([only is None or name in only for name in names])
-    return wanted.repeat_interleave(torch.tensor([tensor.size for tensor in spec.tensors])).nonzero().squeeze(1)
+    return (
+        wanted.repeat_interleave(torch.tensor([tensor.size for tensor in spec.tensors]))
+        .nonzero()
+        .squeeze(1)
+    )
 
 
 def fit_shared(
-    spec: WeightSpec, target: nn.Module, data: TaskImages, fit: Fit, start: Tensor, watch: TaskImages | None = None
+    spec: WeightSpec,
+    target: nn.Module,
+    data: TaskImages,
+    fit: Fit,
+    start: Tensor,
+    watch: TaskImages | None = None,
 ) -> tuple[Tensor, History]:
-    """Train one ordinary network (P,) on all tasks at once, nothing telling it which task an image belongs to.
+    """Train one ordinary network (P,) on all tasks at once, nothing telling it which
+    task an image belongs to.
 
     Args:
         watch: the tasks whose validation accuracy is measured; None for all.
@@ -151,13 +205,19 @@ def fit_shared(
     flat = nn.Parameter(start.clone())
 
     def loss_at(step: int) -> Tensor:
-        _, images, labels = data.batch(step, fit.seed, fit.images, fit.tasks)  # (M, B, ...), (M, B)
-        logits = run_tasks(target, spec.split(flat.unsqueeze(0)), images.flatten(0, 1).unsqueeze(0))
+        _, images, labels = data.batch(
+            step, fit.seed, fit.images, fit.tasks
+        )  # (M, B, ...), (M, B)
+        logits = run_tasks(
+            target, spec.split(flat.unsqueeze(0)), images.flatten(0, 1).unsqueeze(0)
+        )
         return F.binary_cross_entropy_with_logits(logits, labels.reshape(1, -1))
 
     def measure() -> Tensor:
         seen = watch or data
-        return accuracy(target, spec.split(flat.expand(len(seen.tasks), -1)), seen, "validation")
+        return accuracy(
+            target, spec.split(flat.expand(len(seen.tasks), -1)), seen, "validation"
+        )
 
     state = nn.ParameterDict({"weights": flat})
     history = minimise(state, fit.make_optimizer([flat], []), loss_at, fit, measure)
@@ -165,10 +225,114 @@ def fit_shared(
 
 
 @torch.no_grad()
-def accuracy(target: nn.Module, weights: Weights, data: TaskImages, split: str = "test") -> Tensor:
-    """The share of each task's "test" or "validation" images that its network gets right, (T,); chance is 0.5."""
+def accuracy(
+    target: nn.Module, weights: Weights, data: TaskImages, split: str = "test"
+) -> Tensor:
+    """The share of each task's "test" or "validation" images that its network gets
+    right, (T,); chance is 0.5.
+    """
     right = count = 0
     for images, labels, real in data.chunks(split):
         guesses = (run_tasks(target, weights, images) > 0).float()  # (T, b)
         right, count = right + ((guesses == labels) & real).sum(1), count + real.sum(1)
     return right / count
+
+
+def train_generator(
+    generator: SuperNet,
+    target: nn.Module,
+    data: TaskImages,
+    fit: Fit,
+    vectors: nn.Module | None = None,
+    *,
+    one_hot: bool = False,
+    watch: TaskImages | None = None,
+    checkpoint: Path | None = None,
+) -> tuple[Tensor, History]:
+    """Train a generator, in place, and a task vector for each of its T tasks: min over
+    phi and z of the mean loss.
+
+    Args:
+        vectors: task numbers (M,) to task vectors (M, z_dim), trained too; by default
+            `TaskVectors`.
+        one_hot: give task t the t-th unit vector, as the original does, and learn none.
+        watch: the tasks whose validation accuracy is measured, which must be the first
+            of `data`'s; None for all.
+        checkpoint: a safetensors file to go on from after a kill.
+
+    Returns:
+        The task vectors (T, z_dim) and the History, with the mean validation accuracy.
+    """
+    device, watch = generator.head_bias.device, watch or data
+    state = nn.ModuleDict({"generator": generator})
+    if one_hot:
+        unit = torch.eye(generator.z_dim, device=device)
+        vectors = unit.__getitem__
+    else:
+        vectors = (
+            vectors or TaskVectors(len(data.tasks), generator.z_dim, fit.seed)
+        ).to(device)
+        state["task_vectors"] = vectors
+
+    def loss_at(step: int) -> Tensor:
+        numbers, images, labels = data.batch(
+            step, fit.seed, fit.images, fit.tasks
+        )  # (M,), (M, B, 3, 32, 32), (M, B)
+        weights = generator(numbers if one_hot else vectors(numbers))
+        return F.binary_cross_entropy_with_logits(
+            run_tasks(target, weights, images), labels
+        )
+
+    def vectors_of(tasks: TaskImages) -> Tensor:
+        return vectors(torch.arange(len(tasks.tasks), device=device))
+
+    def measure() -> Tensor:
+        return accuracy(target, generator(vectors_of(watch)), watch, "validation")
+
+    learned = [] if one_hot else list(vectors.parameters())
+    optimizer = fit.make_optimizer(list(generator.parameters()), learned)
+    history = minimise(state, optimizer, loss_at, fit, measure, checkpoint)
+    return vectors_of(data).detach(), history
+
+
+def fit_z(
+    generator: SuperNet,
+    target: nn.Module,
+    data: TaskImages,
+    fit: Fit,
+    start: Tensor,
+    *,
+    freeze: bool = True,
+) -> tuple[Tensor, History]:
+    """Fit one task vector for each task, z_dim numbers each, with the generator frozen:
+    min over z of the task's loss.
+
+    The loss is summed over tasks, so each task's fit is what it would be alone.
+
+    Args:
+        start: where z begins, (z_dim,) for all tasks or (T, z_dim).
+        freeze: False trains the generator too, in place: the flaw of the original's
+            code, kept as a control.
+
+    Returns:
+        The task vectors (T, z_dim) and the History.
+    """
+    z = nn.Parameter(start.expand(len(data.tasks), generator.z_dim).clone())
+    if not freeze:
+        state = nn.ModuleDict(
+            {"generator": generator, "task_vectors": nn.ParameterDict({"z": z})}
+        )
+        return z.detach(), fit_alone(
+            state,
+            lambda: generator(z),
+            list(generator.parameters()),
+            [z],
+            target,
+            data,
+            fit,
+        )
+    with frozen(generator):
+        history = fit_alone(
+            nn.ParameterDict({"z": z}), lambda: generator(z), [], [z], target, data, fit
+        )
+    return z.detach(), history

@@ -1,4 +1,5 @@
-"""What the recurrent networks here share: the end of an LSTM step, and one loop over steps with nn.LSTM's interface.
+"""What the recurrent networks here share: the end of an LSTM step, and one loop over
+steps with nn.LSTM's interface.
 
 Also the baseline of chapter 4, an LSTM with layer normalisation.
 """
@@ -9,21 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisupernet.errors import RecurrentError
+
 __all__ = [
-    "LSTMUpdate", "LayerNormLSTM", "LayerNormLSTMCell", "Recurrent", "RecurrentCell", "RecurrentError", "by_gate",
+    "LSTMUpdate",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "Recurrent",
+    "RecurrentCell",
+    "State",
+    "by_gate",
     "orthogonal_blocks",
-]  # fmt: skip
+]
 
 State = tuple[Tensor, ...]  # each (B, size); the first is the output h
 
 
-class RecurrentError(ValueError):
-    """Sizes, inputs or states that a recurrent network cannot use; the message says what to give."""
-
-
 def orthogonal_blocks(blocks: int, rows: int, columns: int) -> Tensor:
-    """A weight (blocks * rows, columns) in which each block of rows, one a gate, is a random orthogonal matrix."""
-    return torch.cat([nn.init.orthogonal_(torch.empty(rows, columns)) for _ in range(blocks)])
+    """A weight (blocks * rows, columns) in which each block of rows, one a gate, is a
+    random orthogonal matrix.
+    """
+    return torch.cat(
+        [nn.init.orthogonal_(torch.empty(rows, columns)) for _ in range(blocks)]
+    )
 
 
 def by_gate(sums: Tensor, gates: int = 4) -> Tensor:
@@ -32,17 +41,26 @@ def by_gate(sums: Tensor, gates: int = 4) -> Tensor:
 
 
 class LSTMUpdate(nn.Module):
-    """The end of an LSTM step: gates from their sums, then the new cell and output (Ha et al., eqs. 10 and 13).
+    """The end of an LSTM step: gates from their sums, then the new cell and output (Ha
+    et al., eqs. 10 and 13).
 
-    The gates come in the order i, f, o, g. With layer normalisation each gate's sums and the cell are normalised.
+    The gates come in the order i, f, o, g. With layer normalisation each gate's sums
+    and the cell are normalised.
 
     Args:
         dropout: recurrent dropout on the candidate g, in training mode only.
-        forget_bias: where the shift of the forget gate starts; it is trained. Without layer normalisation there is no
-            shift, and whoever makes the sums has to add it.
+        forget_bias: where the shift of the forget gate starts; it is trained. Without
+            layer normalisation there is no shift, and whoever makes the sums has to add
+            it.
     """
 
-    def __init__(self, size: int, dropout: float = 0.0, forget_bias: float = 1.0, layer_norm: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        dropout: float = 0.0,
+        forget_bias: float = 1.0,
+        layer_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.size, self.dropout, self.layer_norm = size, dropout, layer_norm
         if layer_norm:
@@ -61,14 +79,18 @@ class LSTMUpdate(nn.Module):
         return o * torch.tanh(self.cell_norm(c) if self.layer_norm else c), c
 
     def affine(self) -> tuple[Tensor, ...]:
-        """The parameters: gain and shift of the gates (4, 1, H), then of the cell (H,)."""
+        """The parameters: gain and shift of the gates (4, 1, H), then of the cell
+        (H,).
+        """
         return self.gain, self.shift, self.cell_norm.weight, self.cell_norm.bias
 
 
 class RecurrentCell(nn.Module):
-    """One step of a recurrent network: x (B, input_size) and a state to the next state, whose first tensor is h.
+    """One step of a recurrent network: x (B, input_size) and a state to the next state,
+    whose first tensor is h.
 
-    A cell defines `prepare`, the products that need only the input, done for all steps at once, and `step`, the rest.
+    A cell defines `prepare`, the products that need only the input, done for all steps
+    at once, and `step`, the rest.
 
     Args:
         sizes: widths of the tensors of the state, that of h first.
@@ -77,19 +99,27 @@ class RecurrentCell(nn.Module):
     def __init__(self, input_size: int, *sizes: int) -> None:
         super().__init__()
         if min(input_size, *sizes) < 1:
-            raise RecurrentError(f"sizes must be whole numbers from 1, not {(input_size, *sizes)}.")
+            raise RecurrentError(
+                f"sizes must be whole numbers from 1, not {(input_size, *sizes)}."
+            )
         self.input_size, self.sizes = input_size, sizes
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Inputs (..., input_size) to what `step` needs of them, with the same leading axes."""
+        """Inputs (..., input_size) to what `step` needs of them, with the same leading
+        axes.
+        """
         raise NotImplementedError
 
     def step(self, prepared: tuple[Tensor, ...], state: State) -> State:
-        """One step, from what `prepare` made of its input and the state before it to the state after it."""
+        """One step, from what `prepare` made of its input and the state before it to
+        the state after it.
+        """
         raise NotImplementedError
 
     def run(self, prepared: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
-        """All steps, from what `prepare` made of inputs (T, B, input_size): outputs (T, B, H) and the last state."""
+        """All steps, from what `prepare` made of inputs (T, B, input_size): outputs (T,
+        B, H) and the last state.
+        """
         outputs = []
         for parts in zip(*(part.unbind() for part in prepared), strict=True):
             state = self.step(parts, state)
@@ -98,31 +128,42 @@ class RecurrentCell(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
         if x.ndim != 2 or x.shape[1] != self.input_size:
-            raise RecurrentError(f"x must have shape (B, {self.input_size}), not {tuple(x.shape)}.")
+            raise RecurrentError(
+                f"x must have shape (B, {self.input_size}), not {tuple(x.shape)}."
+            )
         return self.step(self.prepare(x), self.check(state, x))
 
     def check(self, state: State | None, x: Tensor) -> State:
-        """The state, zeros where it is None; RecurrentError where it does not fit the inputs (..., B, input_size)."""
+        """The state, zeros where it is None; RecurrentError where it does not fit the
+        inputs (..., B, input_size).
+        """
         shapes = [(x.shape[-2], size) for size in self.sizes]
         if state is None:
             return tuple(x.new_zeros(shape) for shape in shapes)
         if [tuple(tensor.shape) for tensor in state] != shapes:
             found = [tuple(tensor.shape) for tensor in state]
-            raise RecurrentError(f"the state must be tensors of shapes {shapes}, not {found}; None starts from zeros.")
+            raise RecurrentError(
+                f"the state must be tensors of shapes {shapes}, not {found}; None"
+                " starts from zeros."
+            )
         return state
 
 
 class Recurrent(nn.Module):
     """Cells stacked in layers and run over a sequence, with the interface of nn.LSTM.
 
-    Inputs (T, B, input_size) to outputs (T, B, H) and the last state; with `batch_first` (B, T, ...) for both. Each
-    tensor of a state has shape (layers, B, size). A state given back as the next call's goes on as one long sequence.
+    Inputs (T, B, input_size) to outputs (T, B, H) and the last state; with
+    `batch_first` (B, T, ...) for both. Each tensor of a state has shape (layers, B,
+    size). A state given back as the next call's goes on as one long sequence.
 
     Raises:
-        RecurrentError: for a packed sequence, and where an input or a state does not fit.
+        RecurrentError: for a packed sequence, and where an input or a state does not
+            fit.
     """
 
-    def __init__(self, cells: Sequence[RecurrentCell], batch_first: bool = False) -> None:
+    def __init__(
+        self, cells: Sequence[RecurrentCell], batch_first: bool = False
+    ) -> None:
         super().__init__()
         if not cells:
             raise RecurrentError("num_layers must be a whole number from 1.")
@@ -133,30 +174,58 @@ class Recurrent(nn.Module):
         x = x.transpose(0, 1) if self.batch_first else x  # (T, B, input_size)
         last = []
         for layer, cell in enumerate(self.cells):
-            x, now = cell.run(cell.prepare(x), cell.check(state and tuple(tensor[layer] for tensor in state), x))
+            x, now = cell.run(
+                cell.prepare(x),
+                cell.check(state and tuple(tensor[layer] for tensor in state), x),
+            )
             last.append(now)
-        return (x.transpose(0, 1) if self.batch_first else x), tuple(map(torch.stack, zip(*last, strict=True)))
+        return (x.transpose(0, 1) if self.batch_first else x), tuple(
+            map(torch.stack, zip(*last, strict=True))
+        )
 
     def _check(self, x: Tensor, state: State | None) -> None:
         if isinstance(x, nn.utils.rnn.PackedSequence):
-            raise RecurrentError("packed sequences are not supported; pad them and mask the loss instead.")
-        form, size = ("(B, T, " if self.batch_first else "(T, B, "), self.cells[0].input_size
+            raise RecurrentError(
+                "packed sequences are not supported; pad them and mask the loss"
+                " instead."
+            )
+        form, size = (
+            ("(B, T, " if self.batch_first else "(T, B, "),
+            self.cells[0].input_size,
+        )
         if x.ndim != 3 or x.shape[2] != size or not x.numel():
-            raise RecurrentError(f"x must have shape {form}{size}) with T and B from 1, not {tuple(x.shape)}.")
-        if state is not None and any(tensor.shape[:1] != (len(self.cells),) for tensor in state):
-            raise RecurrentError(f"each tensor of the state must have shape ({len(self.cells)}, B, size).")
+            raise RecurrentError(
+                f"x must have shape {form}{size}) with T and B from 1, not"
+                f" {tuple(x.shape)}."
+            )
+        if state is not None and any(
+            tensor.shape[:1] != (len(self.cells),) for tensor in state
+        ):
+            raise RecurrentError(
+                f"each tensor of the state must have shape ({len(self.cells)}, B,"
+                " size)."
+            )
 
 
 class LayerNormLSTMCell(RecurrentCell):
-    """An LSTM step with layer normalisation; state (h, c), each (B, hidden_size). The arguments are `LSTMUpdate`'s."""
+    """An LSTM step with layer normalisation; state (h, c), each (B, hidden_size). The
+    arguments are `LSTMUpdate`'s.
+    """
 
     def __init__(
-        self, input_size: int, hidden_size: int, *, recurrent_dropout: float = 0.0, forget_bias: float = 1.0
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        recurrent_dropout: float = 0.0,
+        forget_bias: float = 1.0,
     ) -> None:
         super().__init__(input_size, hidden_size, hidden_size)
         self.input_weight = nn.Parameter(orthogonal_blocks(4, hidden_size, input_size))
         self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
-        self.hidden_weight = nn.Parameter(orthogonal_blocks(4, hidden_size, hidden_size))
+        self.hidden_weight = nn.Parameter(
+            orthogonal_blocks(4, hidden_size, hidden_size)
+        )
         self.update = LSTMUpdate(hidden_size, recurrent_dropout, forget_bias)
 
     def prepare(self, x: Tensor) -> tuple[Tensor]:
@@ -171,11 +240,22 @@ class LayerNormLSTMCell(RecurrentCell):
 
 
 class LayerNormLSTM(Recurrent):
-    """`LayerNormLSTMCell` run over a sequence, in `num_layers` layers; the interface is nn.LSTM's."""
+    """`LayerNormLSTMCell` run over a sequence, in `num_layers` layers; the interface is
+    nn.LSTM's.
+    """
 
     def __init__(
-        self, input_size: int, hidden_size: int, num_layers: int = 1, *, batch_first: bool = False, **settings: float
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        batch_first: bool = False,
+        **settings: float,
     ) -> None:
         widths = [input_size] + [hidden_size] * (num_layers - 1)
-        cells = [LayerNormLSTMCell(width, hidden_size, **settings) for width in widths[:num_layers]]
+        cells = [
+            LayerNormLSTMCell(width, hidden_size, **settings)
+            for width in widths[:num_layers]
+        ]
         super().__init__(cells, batch_first)

@@ -1,7 +1,9 @@
-"""The target side: which weights a network needs, and how to run many generated networks in one call.
+"""The target side: which weights a network needs, and how to run many generated
+networks in one call.
 
-A *target* is an ordinary `nn.Module`. `WeightSpec` lists the tensors it needs; a generator makes them with a
-leading task axis; `run_tasks` runs the T networks that result, each on its own images.
+A *target* is an ordinary `nn.Module`. `WeightSpec` lists the tensors it needs; a
+generator makes them with a leading task axis; `run_tasks` runs the T networks that
+result, each on its own images.
 """
 
 import math
@@ -14,34 +16,41 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from minisupernet.fast_convolution import FastConvolutions
+from minisupernet.errors import TargetError
+from minisupernet.fast.convolution import FastConvolutions
 
-__all__ = ["TargetError", "TaskClassifier", "TensorSpec", "WeightSpec", "run_tasks"]
+__all__ = ["TaskClassifier", "TensorSpec", "WeightSpec", "run_tasks"]
 
 Weights = dict[str, Tensor]  # name -> (T, *shape)
 
 
-class TargetError(ValueError):
-    """A target network, or weights for it, that cannot be used; the message says what to change."""
-
-
 class TaskClassifier(nn.Module):
-    """The 37,165-weight binary classifier of the original SuperNet: images (B, 3, 32, 32) in, logits (B,) out.
+    """The 37,165-weight binary classifier of the original SuperNet: images (B, 3, 32,
+    32) in, logits (B,) out.
 
-    Four 5x5 convolutions of stride 2 with `channels` filters, then fully connected layers 100-100-1.
+    Four 5x5 convolutions of stride 2 with `channels` filters, then fully connected
+    layers 100-100-1.
 
     Args:
-        head_activation: leaky ReLU between the fully connected layers. The original has none there, so its three
-            layers are one linear map; pass False for that.
+        head_activation: leaky ReLU between the fully connected layers. The original has
+            none there, so its three layers are one linear map; pass False for that.
     """
 
-    def __init__(self, channels: int = 16, hidden: int = 100, head_activation: bool = True) -> None:
+    def __init__(
+        self, channels: int = 16, hidden: int = 100, head_activation: bool = True
+    ) -> None:
         super().__init__()
         inputs = [3, channels, channels, channels]
-        self.convolutions = nn.ModuleList(nn.Conv2d(c, channels, 5, stride=2, padding=2) for c in inputs)
-        self.linears = nn.ModuleList([nn.Linear(4 * channels, hidden), nn.Linear(hidden, hidden)])
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(c, channels, 5, stride=2, padding=2) for c in inputs
+        )
+        self.linears = nn.ModuleList(
+            [nn.Linear(4 * channels, hidden), nn.Linear(hidden, hidden)]
+        )
         self.output = nn.Linear(hidden, 1)
-        self.head_slope = 0.2 if head_activation else 1.0  # a slope of 1 is no activation
+        self.head_slope = (
+            0.2 if head_activation else 1.0
+        )  # a slope of 1 is no activation
 
     def forward(self, images: Tensor) -> Tensor:
         x = images  # (B, 3, 32, 32)
@@ -57,9 +66,10 @@ class TaskClassifier(nn.Module):
 class TensorSpec:
     """One tensor the target needs.
 
-    `centre` and `spread` (a standard deviation) say where an ordinary initialisation puts its values:
-    PyTorch's rule for linear and convolutional layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), has centre 0 and
-    spread 1/sqrt(3 fan_in); tensors without a fan-in, such as the scale and shift of a normalisation layer, are
+    `centre` and `spread` (a standard deviation) say where an ordinary initialisation
+    puts its values: PyTorch's rule for linear and convolutional layers,
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), has centre 0 and spread 1/sqrt(3 fan_in);
+    tensors without a fan-in, such as the scale and shift of a normalisation layer, are
     centred where the module has them, with spread 0.
     """
 
@@ -78,7 +88,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """The weights of one target network: names, shapes, fan-ins and starting scales, in a fixed order."""
+    """The weights of one target network: names, shapes, fan-ins and starting scales, in
+    a fixed order.
+    """
 
     tensors: tuple[TensorSpec, ...]
 
@@ -87,13 +99,20 @@ class WeightSpec:
         """List the weights of any module made of the usual layers.
 
         Raises:
-            TargetError: naming the layer, where T networks cannot run side by side (BatchNorm or Dropout in
-                training mode, recurrent layers, lazy layers not yet given their shape) or where there is no weight.
+            TargetError: naming the layer, where T networks cannot run side by side
+                (BatchNorm or Dropout in training mode, recurrent layers, lazy layers
+                not yet given their shape) or where there is no weight.
         """
         _refuse_coupled(module)
-        tensors = [_describe(name, parameter, module) for name, parameter in module.named_parameters()]
+        tensors = [
+            _describe(name, parameter, module)
+            for name, parameter in module.named_parameters()
+        ]
         if not tensors:
-            raise TargetError(f"{type(module).__name__} has no weights to generate; give a module with parameters.")
+            raise TargetError(
+                f"{type(module).__name__} has no weights to generate; give a module"
+                " with parameters."
+            )
         return cls(tuple(tensors))
 
     @property
@@ -102,31 +121,53 @@ class WeightSpec:
         return sum(tensor.size for tensor in self.tensors)
 
     def split(self, flat: Tensor) -> Weights:
-        """Cut rows of P weights (T, P) into named tensors {name: (T, *shape)}; views, no copy."""
+        """Cut rows of P weights (T, P) into named tensors {name: (T, *shape)}; views,
+        no copy.
+        """
         if flat.ndim != 2 or flat.shape[1] != self.size:
-            raise TargetError(f"expected weights of shape (T, {self.size}), got {tuple(flat.shape)}.")
+            raise TargetError(
+                f"expected weights of shape (T, {self.size}), got {tuple(flat.shape)}."
+            )
         pieces = flat.split([tensor.size for tensor in self.tensors], dim=1)
-        return {t.name: piece.unflatten(1, t.shape) for t, piece in zip(self.tensors, pieces, strict=True)}
+        return {
+            t.name: piece.unflatten(1, t.shape)
+            for t, piece in zip(self.tensors, pieces, strict=True)
+        }
 
     def join(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split`: named tensors {name: (T, *shape)} to rows (T, P)."""
         self.check(weights)
-        return torch.cat([weights[tensor.name].flatten(1) for tensor in self.tensors], dim=1)
+        return torch.cat(
+            [weights[tensor.name].flatten(1) for tensor in self.tensors], dim=1
+        )
 
     def check(self, weights: Mapping[str, Tensor]) -> int:
-        """Return T, the number of networks in `weights`; raise TargetError where a name or shape is wrong."""
-        return _count_tasks(weights, {tensor.name: tensor.shape for tensor in self.tensors})
+        """Return T, the number of networks in `weights`; raise TargetError where a name
+        or shape is wrong.
+        """
+        return _count_tasks(
+            weights, {tensor.name: tensor.shape for tensor in self.tensors}
+        )
 
-    def draw(self, tasks: int, generator: torch.Generator, rule: str = "torch") -> Tensor:
-        """Ordinary initial weights of `tasks` networks, (tasks, P), on the generator's device.
+    def draw(
+        self, tasks: int, generator: torch.Generator, rule: str = "torch"
+    ) -> Tensor:
+        """Ordinary initial weights of `tasks` networks, (tasks, P), on the generator's
+        device.
 
-        `rule` is "torch" (uniform around each centre with its spread) or "glorot" (TensorFlow's default:
-        U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), every tensor of one axis 0).
+        `rule` is "torch" (uniform around each centre with its spread) or "glorot"
+        (TensorFlow's default: U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), every
+        tensor of one axis 0).
         """
         device = generator.device
-        unit = torch.rand(tasks, self.size, generator=generator, device=device) * 2 - 1  # spread 1/sqrt(3)
+        unit = (
+            torch.rand(tasks, self.size, generator=generator, device=device) * 2 - 1
+        )  # spread 1/sqrt(3)
         if rule == "glorot":
-            limits = [(len(t.shape) > 1) * math.sqrt(6 / (t.fan_in + t.fan_out)) for t in self.tensors]
+            limits = [
+                (len(t.shape) > 1) * math.sqrt(6 / (t.fan_in + t.fan_out))
+                for t in self.tensors
+            ]
             return unit * self._fill(limits, device)
         return self.centres(device) + unit * math.sqrt(3) * self.spreads(device)
 
@@ -135,7 +176,9 @@ class WeightSpec:
         return self._fill([tensor.centre for tensor in self.tensors], device)
 
     def spreads(self, device: torch.device | str = "cpu") -> Tensor:
-        """The standard deviation of an ordinary initialisation for each weight, (P,)."""
+        """The standard deviation of an ordinary initialisation for each weight,
+        (P,).
+        """
         return self._fill([tensor.spread for tensor in self.tensors], device)
 
     def _fill(self, values: list[float], device: torch.device | str) -> Tensor:
@@ -144,11 +187,13 @@ class WeightSpec:
         return torch.tensor(values, device=device).repeat_interleave(sizes)
 
 
-def run_tasks(target: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+def run_tasks(
+    target: nn.Module, weights: Mapping[str, Tensor], images: Tensor
+) -> Tensor:
     """Run T different networks at once: task t's weights on task t's images.
 
-    Equal, to float rounding, to a Python loop of `functional_call(target, weights of t, images[t])`. Inside an autocast
-    block the networks run wholly in its dtype.
+    Equal, to float rounding, to a Python loop of `functional_call(target, weights of t,
+    images[t])`. Inside an autocast block the networks run wholly in its dtype.
 
     Args:
         target: the architecture; its own parameter values are not used.
@@ -159,13 +204,17 @@ def run_tasks(target: nn.Module, weights: Mapping[str, Tensor], images: Tensor) 
         The target's outputs with a leading task axis; (T, B) for `TaskClassifier`.
 
     Raises:
-        TargetError: where names, shapes or the number of tasks do not fit, or a layer cannot run per task.
+        TargetError: where names, shapes or the number of tasks do not fit, or a layer
+            cannot run per task.
     """
     _refuse_coupled(target)
-    tasks = _count_tasks(weights, {name: tuple(p.shape) for name, p in target.named_parameters()})
+    tasks = _count_tasks(
+        weights, {name: tuple(p.shape) for name, p in target.named_parameters()}
+    )
     if images.shape[:1] != (tasks,):
         raise TargetError(
-            f"these weights are {tasks} networks, so images must be ({tasks}, B, ...), not {_shape(images)}."
+            f"these weights are {tasks} networks, so images must be ({tasks}, B, ...),"
+            f" not {_shape(images)}."
         )
     weights, buffers, images = _in_autocast_dtype(target, weights, images)
     if tasks == 1:  # nothing to run side by side
@@ -173,7 +222,9 @@ def run_tasks(target: nn.Module, weights: Mapping[str, Tensor], images: Tensor) 
         return functional_call(target, (alone, buffers), (images[0],))[None]
     quick = images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     with FastConvolutions() if quick else nullcontext():
-        return vmap(lambda own, x: functional_call(target, (own, buffers), (x,)))(weights, images)
+        return vmap(lambda own, x: functional_call(target, (own, buffers), (x,)))(
+            weights, images
+        )
 
 
 def _in_autocast_dtype(
@@ -181,26 +232,44 @@ def _in_autocast_dtype(
 ) -> tuple[Weights, Weights, Tensor]:
     """Weights, the target's own buffers and images, in autocast's dtype where it is on.
 
-    Under `vmap` autocast reaches some operations and not others, and a network needs one dtype.
+    Under `vmap` autocast reaches some operations and not others, and a network needs
+    one dtype.
     """
     device = images.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    ):
         return dict(weights), {}, images
     dtype = torch.get_autocast_dtype(device)
-    buffers = {name: own.to(dtype) for name, own in target.named_buffers() if own.is_floating_point()}
+    buffers = {
+        name: own.to(dtype)
+        for name, own in target.named_buffers()
+        if own.is_floating_point()
+    }
     images = images.to(dtype) if images.is_floating_point() else images
     return {name: own.to(dtype) for name, own in weights.items()}, buffers, images
 
 
-def _count_tasks(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _count_tasks(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> int:
     """T, where every weight is (T, *shape); TargetError names the first that is not."""
-    missing, extra = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    missing, extra = (
+        sorted(shapes.keys() - weights.keys()),
+        sorted(weights.keys() - shapes.keys()),
+    )
     if missing or extra:
-        raise TargetError(f"these weights do not fit the target: missing {missing}, not wanted {extra}.")
+        raise TargetError(
+            f"these weights do not fit the target: missing {missing}, not wanted"
+            f" {extra}."
+        )
     tasks = next(iter(weights.values())).shape[0]
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != (tasks, *shape):
-            raise TargetError(f"weights '{name}' must be {(tasks, *shape)}, not {_shape(weights[name])}.")
+            raise TargetError(
+                f"weights '{name}' must be {(tasks, *shape)}, not"
+                f" {_shape(weights[name])}."
+            )
     return tasks
 
 
@@ -209,35 +278,70 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _refuse_coupled(module: nn.Module) -> None:
-    """Raise TargetError, naming the layer, when T copies of `module` cannot run side by side."""
+    """Raise TargetError, naming the layer, when T copies of `module` cannot run side by
+    side.
+    """
     for name, layer in module.named_modules():
         reason = _reason_to_refuse(layer)
         if reason:
-            raise TargetError(f"layer '{name or 'itself'}' ({type(layer).__name__}) {reason}.")
+            raise TargetError(
+                f"layer '{name or 'itself'}' ({type(layer).__name__}) {reason}."
+            )
 
 
 def _reason_to_refuse(layer: nn.Module) -> str | None:
-    if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training and _couples(layer):
-        return "mixes the images of a batch in training mode; call .eval() on it or use GroupNorm"
-    if isinstance(layer, nn.modules.dropout._DropoutNd | nn.RReLU) and layer.training and getattr(layer, "p", 1) > 0:
-        return "draws random numbers in training mode; call .eval() on it or take it out"
+    if (
+        isinstance(layer, nn.modules.batchnorm._NormBase)
+        and layer.training
+        and _couples(layer)
+    ):
+        return (
+            "mixes the images of a batch in training mode; call .eval() on it or use"
+            " GroupNorm"
+        )
+    if (
+        isinstance(layer, nn.modules.dropout._DropoutNd | nn.RReLU)
+        and layer.training
+        and getattr(layer, "p", 1) > 0
+    ):
+        return (
+            "draws random numbers in training mode; call .eval() on it or take it out"
+        )
     if isinstance(layer, nn.RNNBase):
-        return "is recurrent, and its fused code cannot run per task; loop over its cell (nn.LSTMCell, nn.GRUCell)"
-    if any(nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
-        return "does not know its shape yet; run the module once on a batch of images first"
+        return (
+            "is recurrent, and its fused code cannot run per task; loop over its cell"
+            " (nn.LSTMCell, nn.GRUCell)"
+        )
+    if any(
+        nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)
+    ):
+        return (
+            "does not know its shape yet; run the module once on a batch of images"
+            " first"
+        )
     return None
 
 
 def _couples(layer: nn.modules.batchnorm._NormBase) -> bool:
-    """BatchNorm always mixes images while training; InstanceNorm only in the statistics it tracks."""
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.track_running_stats
+    """BatchNorm always mixes images while training; InstanceNorm only in the statistics
+    it tracks.
+    """
+    return (
+        isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.track_running_stats
+    )
 
 
 def _describe(name: str, parameter: Tensor, module: nn.Module) -> TensorSpec:
     """Shape, fans and ordinary starting scale of one parameter."""
     layer = module.get_submodule(name.rpartition(".")[0])
     weight = getattr(layer, "weight", parameter)
-    if weight.ndim < 2:  # no fan-in, as in a normalisation layer: start where the module itself starts
-        return TensorSpec(name, _shape(parameter), centre=float(parameter.detach().mean()))
+    if (
+        weight.ndim < 2
+    ):  # no fan-in, as in a normalisation layer: start where the module itself starts
+        return TensorSpec(
+            name, _shape(parameter), centre=float(parameter.detach().mean())
+        )
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-    return TensorSpec(name, _shape(parameter), fan_in, fan_out, spread=1 / math.sqrt(3 * fan_in))
+    return TensorSpec(
+        name, _shape(parameter), fan_in, fan_out, spread=1 / math.sqrt(3 * fan_in)
+    )

@@ -1,11 +1,12 @@
-"""The one training loop: plain PyTorch, a progress bar, a History, checkpoints, and a clear stop on a bad loss.
+"""The one training loop: plain PyTorch, a progress bar, a History, checkpoints, and a
+clear stop on a bad loss.
 
-Randomness in this course is a function of the step: `step_generator(seed, step)` draws the batch of that step and
-nothing else does. Two arms of an experiment with one seed therefore see the same images in the same order, and a run
-resumed from a checkpoint is the run that was never broken.
+Randomness in this course is a function of the step: `step_generator(seed, step)` draws
+the batch of that step and nothing else does. Two arms of an experiment with one seed
+therefore see the same images in the same order, and a run resumed from a checkpoint is
+the run that was never broken.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -21,22 +22,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from minisupernet.errors import TrainingError
+from minisupernet.fast.memory import keep_memory
 from minisupernet.files import whole_file
 
 __all__ = [
-    "History", "TrainingError", "constant", "frozen", "keep_memory", "one_cycle", "pick_device", "step_generator",
-    "train", "wait_for",
-]  # fmt: skip
+    "History",
+    "constant",
+    "frozen",
+    "one_cycle",
+    "pick_device",
+    "train",
+    "wait_for",
+]
 
 CHECK_EVERY = 50  # steps between looks at the loss: looking makes a GPU wait
 
 
-class TrainingError(RuntimeError):
-    """A training run that cannot go on; the message says at which step, the likely cause and what to do."""
-
-
 def pick_device(name: str = "auto") -> torch.device:
-    """Choose a device: "auto" is cuda, else mps, else cpu; any other name is taken as it is.
+    """Choose a device: "auto" is cuda, else mps, else cpu; any other name is taken as
+    it is.
 
     Raises:
         TrainingError: where that device is not on this machine.
@@ -45,7 +50,9 @@ def pick_device(name: str = "auto") -> torch.device:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise TrainingError(f"device '{name}' is not available here; use 'auto' or 'cpu'.") from error
+            raise TrainingError(
+                f"device '{name}' is not available here; use 'auto' or 'cpu'."
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -57,11 +64,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random numbers of one step of the run with this seed."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + step + 1)
-
-
 def constant(done: float) -> float:
     """Schedule: the full learning rate at every fraction `done` of the run."""
     return 1.0
@@ -69,13 +71,18 @@ def constant(done: float) -> float:
 
 def one_cycle(done: float) -> float:
     """Schedule: a linear rise over the first quarter, then half a cosine down to 0."""
-    return max(done / 0.25, 0.02) if done < 0.25 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.25) / 0.75)
+    return (
+        max(done / 0.25, 0.02)
+        if done < 0.25
+        else 0.5 + 0.5 * math.cos(math.pi * (done - 0.25) / 0.75)
+    )
 
 
 @dataclass
 class History:
-    """What a run measured: one row a look, each a dict with `step`, `loss` (mean over the steps since the last row,
-    on training batches), `seconds`, and whatever `evaluate` returned (on images no training saw)."""
+    """What a run measured: one row a look, each a dict with `step`, `loss` (mean over
+    the steps since the last row, on training batches), `seconds`, and whatever
+    `evaluate` returned (on images no training saw)."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
@@ -91,7 +98,9 @@ class History:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block no parameter of `module` takes part in training; afterwards all is as before."""
+    """Inside the block no parameter of `module` takes part in training; afterwards all
+    is as before.
+    """
     before = {parameter: parameter.requires_grad for parameter in module.parameters()}
     module.requires_grad_(False)
     try:
@@ -119,22 +128,39 @@ def train(
     Args:
         state: holds everything that is trained (saved in the checkpoint).
         loss_at: step number (from 0) to the scalar loss of that step's batch.
-        schedule: fraction of the run done, 0 to 1, to a factor on every group's learning rate.
-        evaluate: measurements on held-out images; called without gradients every `every` steps and at the end.
-        checkpoint: safetensors file, written at every look; a run that finds it goes on from there.
+        schedule: fraction of the run done, 0 to 1, to a factor on every group's
+            learning rate.
+        evaluate: measurements on held-out images; called without gradients every
+            `every` steps and at the end.
+        checkpoint: safetensors file, written at every look; a run that finds it goes on
+            from there.
         mixed: bfloat16 where autocast thinks it safe; None means on CUDA only.
 
     Raises:
-        TrainingError: at the first step whose loss is not a finite number, or for a checkpoint of another run.
+        TrainingError: at the first step whose loss is not a finite number, or for a
+            checkpoint of another run.
     """
     device = next(state.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" if mixed is None else mixed)
+    autocast = torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=device.type == "cuda" if mixed is None else mixed,
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     keep_memory()
     start, history = _resume(checkpoint, state, optimizer, steps)
     losses, clock = _Losses(start, rates), _Clock(history)
-    quiet = bool(os.environ.get("TQDM_DISABLE"))  # in a notebook tqdm does not look by itself
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=label, leave=False, disable=quiet):
+    quiet = bool(
+        os.environ.get("TQDM_DISABLE")
+    )  # in a notebook tqdm does not look by itself
+    for step in tqdm(
+        range(start, steps),
+        initial=start,
+        total=steps,
+        desc=label,
+        leave=False,
+        disable=quiet,
+    ):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule(step / steps)
         with autocast:
@@ -151,35 +177,28 @@ def train(
     return history
 
 
-def keep_memory() -> bool:
-    """Have Linux's C library keep the memory that a step frees for the next step; True where it will.
-
-    By itself it gives large tensors back to the system as they are freed, and the next step pays for each page anew.
-    The process then stays as large as its largest step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return False
-    never_map, never_trim = mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    return bool(never_map and never_trim)
-
-
 class _Clock:
     """Seconds of this run, those before an interruption included."""
 
     def __init__(self, history: History) -> None:
-        self.start = time.perf_counter() - (history.last("seconds") if history.rows else 0.0)
+        self.start = time.perf_counter() - (
+            history.last("seconds") if history.rows else 0.0
+        )
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
 
 class _Losses:
-    """Losses since the last look, kept on the device; stops the run at the first that is not a finite number."""
+    """Losses since the last look, kept on the device; stops the run at the first that
+    is not a finite number.
+    """
 
     def __init__(self, step: int, rates: list[float]) -> None:
-        self.step, self.rates = step, rates  # step: number of the first loss in `recent`
+        self.step, self.rates = (
+            step,
+            rates,
+        )  # step: number of the first loss in `recent`
         self.recent: list[Tensor] = []
         self.total, self.count = 0.0, 0
 
@@ -199,51 +218,89 @@ class _Losses:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"the loss became {value} at step {self.step + offset}: most likely a learning rate too high "
-                    f"({max(self.rates):g}); try a third of it, and check that the inputs are normalised."
+                    f"the loss became {value} at step {self.step + offset}: most likely"
+                    f" a learning rate too high ({max(self.rates):g}); try a third of"
+                    " it, and check that the inputs are normalised."
                 )
         self.total, self.count = self.total + sum(values), self.count + len(values)
         self.step, self.recent = self.step + len(values), []
 
 
-def _save(path: str | Path | None, state: nn.Module, optimizer: torch.optim.Optimizer, steps: int, history: History):
+def _save(
+    path: str | Path | None,
+    state: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    history: History,
+):
     """Write model, optimiser and random state to `path`, whole or not at all."""
     if path is None:
         return
     tensors = {f"state.{name}": tensor for name, tensor in state.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(v) for key, v in slots.items() if v is not None}
+        tensors |= {
+            f"optimizer.{index}.{key}": torch.as_tensor(v)
+            for key, v in slots.items()
+            if v is not None
+        }
     tensors["random"] = torch.get_rng_state()
     notes = {"steps": str(steps), "history": json.dumps(history.rows)}
     with whole_file(path) as part:
         try:
             save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, part, notes
+                {
+                    name: tensor.detach().cpu().contiguous().clone()
+                    for name, tensor in tensors.items()
+                },
+                part,
+                notes,
             )
         except SafetensorError as error:
             raise OSError(f"the checkpoint could not be written ({error})") from error
 
 
-def _resume(path: str | Path | None, state: nn.Module, optimizer: torch.optim.Optimizer, steps: int):
-    """(first step to do, History so far): from the checkpoint if there is one, else (0, empty)."""
+def _resume(
+    path: str | Path | None,
+    state: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+):
+    """(first step to do, History so far): from the checkpoint if there is one, else (0,
+    empty).
+    """
     if path is None or not Path(path).exists():
         return 0, History()
     try:
         with safe_open(path, "pt") as file:
-            notes, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes, tensors = (
+                file.metadata() or {},
+                {name: file.get_tensor(name) for name in file.keys()},
+            )
         if int(notes["steps"]) != steps:
-            raise ValueError(f"it is of a run of {notes['steps']} steps, this one has {steps}")
+            raise ValueError(
+                f"it is of a run of {notes['steps']} steps, this one has {steps}"
+            )
         history = History(json.loads(notes["history"]))
         start = int(history.last("step"))
-        state.load_state_dict({n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")})
+        state.load_state_dict(
+            {
+                n.removeprefix("state."): t
+                for n, t in tensors.items()
+                if n.startswith("state.")
+            }
+        )
         optimizer.load_state_dict(_optimizer_state(optimizer, tensors))
         torch.set_rng_state(tensors["random"])
     except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
-        raise TrainingError(f"cannot go on from {path}: {error}; delete it to start anew.") from error
+        raise TrainingError(
+            f"cannot go on from {path}: {error}; delete it to start anew."
+        ) from error
     return start, history
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict:
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> dict:
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

@@ -1,6 +1,7 @@
-"""What several tests share: a tiny image set, the built book and a browser.
+"""What several tests share: the built book and a browser.
 
-One thread a test process: small tensors gain nothing from more, and tests run side by side.
+One thread a test process: small tensors gain nothing from more, and tests run side by
+side.
 """
 
 import os
@@ -11,43 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from support import ROOT, coloured_squares
 
-from minisupernet.book import make_book
+from minisupernet.course.book import make_book
 from minisupernet.data import ImageSet
 
-ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+CHROMIUM = (
+    shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 
 torch.set_num_threads(1)
-
-
-def coloured_squares(classes: int = 10, train: int = 24, test: int = 12, seed: int = 0) -> ImageSet:
-    """A tiny image set a network learns in seconds: class c is a square of its own colour on noise."""
-    random = torch.Generator().manual_seed(seed)
-    colours = torch.randint(0, 256, (classes, 3), generator=random)
-
-    def split(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.arange(classes).repeat(count)
-        images = torch.randint(0, 256, (len(labels), 3, 32, 32), generator=random, dtype=torch.uint8)
-        images[:, :, 8:24, 8:24] = (0.7 * colours[labels][:, :, None, None] + 0.3 * images[:, :, 8:24, 8:24]).byte()
-        return images, labels
-
-    (train_images, train_labels), (test_images, test_labels) = split(train), split(test)
-    pixels = train_images.float() / 255
-    return ImageSet(
-        name="squares",
-        source="drawn by a test",
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        class_names=tuple(f"colour {c}" for c in range(classes)),
-        superclass_of=None,
-        superclass_names=(),
-        mean=pixels.mean((0, 2, 3)),
-        std=pixels.std((0, 2, 3)),
-    )
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +52,8 @@ def chromium() -> Iterator:
 
 @pytest.fixture(scope="session")
 def book(tmp_path_factory) -> Path:
-    """The folder of the book built from the stored outputs, or the one that MINISUPERNET_BOOK names.
+    """The folder of the book built from the stored outputs, or the one that
+    MINISUPERNET_BOOK names.
 
     The processes of one test run build it once.
     """
@@ -87,15 +70,26 @@ def book(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def visit(chromium, book) -> Iterator:
-    """A function that opens one page of the book and returns it, with what it asked for and complained of."""
+    """A function that opens one page of the book and returns it, with what it asked for
+    and complained of.
+    """
     contexts = []
 
     def open_page(page: str, size: dict | None = None, scheme: str = "light"):
-        contexts.append(chromium.new_context(viewport=size or {"width": 1280, "height": 900}, color_scheme=scheme))
+        contexts.append(
+            chromium.new_context(
+                viewport=size or {"width": 1280, "height": 900}, color_scheme=scheme
+            )
+        )
         tab = contexts[-1].new_page()
         tab.requested, tab.complaints = [], []
         tab.on("request", lambda request: tab.requested.append(request.url))
-        tab.on("console", lambda said: tab.complaints.append(said.text) if said.type == "error" else None)
+        tab.on(
+            "console",
+            lambda said: (
+                tab.complaints.append(said.text) if said.type == "error" else None
+            ),
+        )
         tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
         tab.goto((book / f"{page}.html").as_uri())
         tab.wait_for_load_state("networkidle")

@@ -1,0 +1,3 @@
+"""What the makers of the course run: figures, exercises, studies, records, runs and the
+book.
+"""

@@ -1,0 +1,202 @@
+"""Recorded results: JSON files with provenance, and the intervals drawn from them."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from minisupernet.data import ImageSet
+from minisupernet.errors import ResultError
+from minisupernet.files import whole_file
+
+__all__ = [
+    "device_name",
+    "fingerprint",
+    "load_runs",
+    "one_of_a_pair",
+    "provenance",
+    "record_run",
+    "results_file",
+    "rounded",
+    "task_means",
+]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer, byte for byte: equal before and after
+    means nothing moved.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(
+            name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def provenance(images: ImageSet, device: torch.device) -> dict:
+    """Where a result comes from: commit, package versions, device and image set with
+    its checksum.
+    """
+    packages = ("torch", "numpy", "safetensors")
+    return {
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "device": (
+            f"{device.type}: {device_name(device)}, threads: {torch.get_num_threads()}"
+        ),
+        "data": {"name": images.name, "sha256": images.checksum()},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called: the name of a GPU, or the kind of CPU."""
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU"
+    )
+
+
+def _commit() -> str:
+    """The commit, with "+" behind it where the package has uncommitted changes;
+    "unknown" outside git.
+    """
+    folder = Path(__file__).parents[1]
+    try:
+        ask = {"cwd": folder, "capture_output": True, "text": True, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], **ask
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """The values of a tensor (N,) as they are recorded, to four digits."""
+    return [round(value, 4) for value in values.tolist()]
+
+
+def load_runs(path: str | Path) -> list[dict]:
+    """The runs recorded in a result file, one dict each.
+
+    Raises:
+        ResultError: where the file is missing, is not JSON, or holds no runs.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        commands = "`python -m minisupernet experiment` or `study`"
+        raise ResultError(f"there is no {path}; record it with {commands}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(
+            f"{path} cannot be read as JSON ({error}); restore it or record it anew."
+        ) from error
+    runs = document.get("runs") if isinstance(document, dict) else None
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ResultError(
+            f"{path} is no result file: it has no list of runs; restore it or record it"
+            " anew."
+        )
+    return runs
+
+
+def record_run(path: str | Path, run: dict, keys: tuple[str, ...]) -> None:
+    """Add one run to a result file, in place of an older one with the same values of
+    `keys`; safe side by side.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        runs = load_runs(path) if path.exists() else []
+        runs = [
+            old for old in runs if any(old.get(key) != run[key] for key in keys)
+        ] + [run]
+        runs.sort(key=lambda each: [str(each.get(key)) for key in keys])
+        with whole_file(path) as part:
+            part.write_text(
+                json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8"
+            )
+
+
+def results_file(name: str) -> Path:
+    """Where a recorded result lies: in the repository, or with the installed
+    package.
+    """
+    here = Path(__file__).parents[1]
+    in_repository = here.parent / "results" / name
+    return in_repository if in_repository.exists() else here / "recorded" / name
+
+
+def task_means(
+    runs: Sequence[dict],
+    setup: str,
+    arm: str,
+    size: int | None = None,
+    measure: str = "test",
+) -> dict[int, float]:
+    """The accuracy of each task under one arm, a mean over the runs that measured it:
+    {task number: accuracy}.
+
+    Where both orientations of a pair are held out they count as one task, numbered as
+    the first: they share images, and an interval over them as if they were two would be
+    too narrow.
+
+    Args:
+        runs: as `load_runs` gives them, of one experiment.
+        setup: the name of a set-up, such as "original".
+        arm: a key of a run's "arms" (held-out tasks), or "right_z" or "wrong_z"
+            (trained tasks).
+        size: training images of each class, for the arms measured with few; None for
+            all.
+        measure: "test", or "validation_each" for the images on which choices are made.
+
+    Raises:
+        ResultError: where no run has it.
+    """
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        arms = run["arms"] if size is None else run.get("few", {}).get(str(size), {})
+        if run["setup"] == setup and arm in {
+            **arms,
+            **(run["trained"] if size is None else {}),
+        }:
+            values = arms[arm][measure] if arm in arms else run["trained"][arm]
+            numbers = run["held_out"] if arm in arms else _trained_tasks(run)
+            for number, value in zip(
+                numbers, values, strict=False
+            ):  # the unfrozen arm stops after a few tasks
+                found.setdefault(one_of_a_pair(number, run), []).append(value)
+    if not found:
+        images = "" if size is None else f" with {size} images a class"
+        raise ResultError(
+            f"no recorded run has the arm '{arm}'{images} under the set-up '{setup}'."
+        )
+    return {
+        number: sum(values) / len(values) for number, values in sorted(found.items())
+    }
+
+
+def one_of_a_pair(number: int, run: dict) -> int:
+    """The number that a held-out task of a run counts as: where both orientations of a
+    pair are, that of the first.
+    """
+    half = (len(run["held_out"]) + len(run["trained"]["right_z"])) // 2
+    return number % half if run["settings"].get("pairs") else number
+
+
+def _trained_tasks(run: dict) -> list[int]:
+    total = len(run["held_out"]) + len(run["trained"]["right_z"])
+    return [number for number in range(total) if number not in run["held_out"]]

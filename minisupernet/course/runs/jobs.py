@@ -1,0 +1,293 @@
+"""What a run may be: a notebook, an experiment or a study, with parameters that are
+checked before anything starts.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisupernet.course.runs.inputs import notebook_fingerprint, package_fingerprint
+from minisupernet.course.runs.notebooks import (
+    check_parameters,
+    execute,
+    find_notebook,
+    writing,
+)
+from minisupernet.course.runs.parameters import override, plain, suggestion
+from minisupernet.errors import RunError
+
+__all__ = ["Job", "make_job"]
+
+IMAGE_SETS = ("auto", "cifar100", "cifar10", "shapes100")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `what` it runs, the `parameters` it was given, and the checkout `root`
+    it belongs to.
+    """
+
+    what: str
+    parameters: dict[str, Any]
+    root: Path
+
+    def check(self) -> None:
+        """Raise a RunError where this run cannot start."""
+        raise NotImplementedError
+
+    def inputs(self) -> str:
+        """A sha256 over all that decides the result: code, parameters, images,
+        versions.
+        """
+        raise NotImplementedError
+
+    def measure(self, folder: Path, name: str, **options: Any) -> dict:
+        """Run, with files of its own in `folder` that begin with `name`, and return
+        what is to be kept, for JSON.
+        """
+        raise NotImplementedError
+
+    def record(self) -> tuple[str, tuple[str, ...]]:
+        """The file in `results` where such a run is recorded, and the values that tell
+        it from others there.
+        """
+        raise RunError(
+            "a run of a notebook measures nothing that can be recorded; leave out"
+            " --record."
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What runs and its parameters, without the folders of this machine."""
+        return {
+            "what": Path(self.what).stem,
+            **{name: _shown(value) for name, value in self.parameters.items()},
+        }
+
+    def label(self) -> str:
+        """A file name that says what runs and with which parameters."""
+        what, *parameters = self.settings().items()
+        words = [str(what[1]), *(f"{name}={value}" for name, value in parameters)]
+        return re.sub(r"[^\w.=+-]+", "_", "-".join(words))[:180]
+
+
+class NotebookJob(Job):
+    """A run of the notebook at the path `what`, by papermill."""
+
+    def check(self) -> None:
+        """Raise a RunError for a notebook that does not exist or does not take these
+        parameters.
+        """
+        check_parameters(Path(self.what), self.parameters)
+
+    def inputs(self) -> str:
+        """A sha256 over the notebook, the package, the recorded results, the
+        parameters, images and versions.
+        """
+        return notebook_fingerprint(Path(self.what), self.parameters, self.root)
+
+    def measure(self, folder: Path, name: str, **options: Any) -> dict:
+        """Run it to `<name>.ipynb`, options as `execute` takes them, and return the
+        seconds of each code cell.
+        """
+        unfinished = folder / f"{name}.unfinished.ipynb"
+        with writing(folder):
+            seconds = execute(Path(self.what), unfinished, self.parameters, **options)
+            unfinished.replace(folder / f"{name}.ipynb")
+        return {"cell_seconds": seconds}
+
+
+class ExperimentJob(Job):
+    """Experiment 1 or 2 of `minisupernet.course.studies.arms`; a parameter may name any
+    field of its Setup.
+    """
+
+    def label(self) -> str:
+        """A file name that says what runs and with which parameters."""
+        return f"experiment_{super().label()}"
+
+    def _own(self) -> dict[str, Any]:
+        """The parameters that are not the Setup's, with their defaults; fold None is
+        that of the seed.
+        """
+        types = {
+            "setup": "many_tasks",
+            "profile": "full",
+            "data": "cifar100",
+            "seed": 0,
+            "fold": 0,
+            "device": "auto",
+        }
+        given = {
+            name: value for name, value in self.parameters.items() if name in types
+        }
+        _check_types(given, types)
+        return {**types, "fold": None, **given}
+
+    def _changed(self) -> dict[str, Any]:
+        own = self._own()
+        return {
+            name: value for name, value in self.parameters.items() if name not in own
+        }
+
+    def _setup(self) -> Any:
+        from minisupernet.course.studies.setups import make_setup
+
+        own = self._own()
+        if self.what not in ("1", "2"):
+            raise RunError(f"there is no experiment '{self.what}'; use 1 or 2.")
+        setup = make_setup(own["setup"], int(self.what), own["profile"])
+        for name, value in self._changed().items():
+            setup = override(setup, name, value)
+        return setup
+
+    def check(self) -> None:
+        """Raise a RunError for an unknown name, a value of another type, or a fold that
+        does not exist.
+        """
+        setup, fold = self._setup(), self._own()["fold"]
+        if fold is not None and not 0 <= fold < setup.folds:
+            raise RunError(
+                f"experiment {self.what} has no fold {fold}; use 0 to"
+                f" {setup.folds - 1}."
+            )
+
+    def inputs(self) -> str:
+        """A sha256 over the code of the experiments, the parameters, the images and
+        versions.
+        """
+        return package_fingerprint(
+            ["course.studies.arms"],
+            {"experiment": self.what, **self._own(), **self.parameters},
+        )
+
+    def measure(self, folder: Path, name: str, **options: Any) -> dict:
+        """Run it, going on from the checkpoint that a killed run left,
+        `<name>.safetensors`.
+        """
+        from minisupernet.course.studies.arms import run_experiment
+        from minisupernet.data import load
+        from minisupernet.training import pick_device
+
+        own, changed = self._own(), self._changed()
+        images, checkpoint = (
+            load(own["data"], pick_device(own["device"])),
+            folder / f"{name}.safetensors",
+        )
+        run = run_experiment(
+            self._setup(), images, own["seed"], fold=own["fold"], checkpoint=checkpoint
+        )
+        return run | {"overrides": changed or None}
+
+    def record(self) -> tuple[str, tuple[str, ...]]:
+        """The file of chapter 6 or 7, and the values that tell its runs apart."""
+        keys = ("experiment", "setup", "seed", "fold", "overrides")
+        return f"{int(self.what) + 5:02d}_experiment_{self.what}.json", keys
+
+
+class StudyJob(Job):
+    """The study with the name `what` of `minisupernet.course.studies`."""
+
+    def _arguments(self) -> dict[str, Any]:
+        from minisupernet.course.studies import STUDIES
+
+        if self.what not in STUDIES:
+            raise RunError(
+                f"there is no study '{self.what}'{suggestion(self.what, STUDIES)}"
+            )
+        defaults = {
+            "seed": 0,
+            "profile": "full",
+            "data": STUDIES[self.what].data,
+            "device": "auto",
+        }
+        _check_types(self.parameters, defaults)
+        return {**defaults, **self.parameters}
+
+    def check(self) -> None:
+        """Raise a RunError for an unknown study, an unknown name, a value of another
+        type, or an unknown profile.
+        """
+        if (profile := self._arguments()["profile"]) not in ("quick", "full"):
+            raise RunError(f"there is no profile '{profile}'; use quick or full.")
+
+    def inputs(self) -> str:
+        """A sha256 over the code of the study, the parameters, the images and
+        versions.
+        """
+        return package_fingerprint(
+            ["course.studies", f"course.studies.{self.what}"],
+            {"study": self.what, **self._arguments()},
+        )
+
+    def measure(self, folder: Path, name: str, **options: Any) -> dict:
+        """Measure the study."""
+        from minisupernet.course.studies import measure_study
+
+        return measure_study(self.what, **self._arguments())
+
+    def record(self) -> tuple[str, tuple[str, ...]]:
+        """The study's own file, and the values that tell its runs apart."""
+        from minisupernet.course.studies import STUDIES
+
+        return STUDIES[self.what].result, ("profile", "seed")
+
+
+def make_job(settings: Mapping[str, Any], root: Path) -> Job:
+    """The checked job that a flat set of settings describes: one of notebook,
+    experiment and study, and parameters.
+
+    Raises:
+        RunError: for settings that name no run or more than one, and for every
+            parameter that cannot be right.
+    """
+    kinds = {"notebook": NotebookJob, "experiment": ExperimentJob, "study": StudyJob}
+    named = [kind for kind in kinds if kind in settings]
+    if len(named) != 1:
+        raise RunError(
+            f"a run needs exactly one of {', '.join(kinds)}, not"
+            f" {' and '.join(named) or 'none'}."
+        )
+    parameters = {
+        name: plain(name, value) for name, value in settings.items() if name != named[0]
+    }
+    if isinstance(parameters.get("data"), str):
+        parameters["data"] = _image_set(parameters["data"])
+    what = str(plain(named[0], settings[named[0]]))
+    if named == ["notebook"]:
+        what = str(find_notebook(what, root))
+    job = kinds[named[0]](what, parameters, root)
+    job.check()
+    return job
+
+
+def _image_set(data: str) -> str:
+    """The name of an image set, or the whole path of an .npz file that is there."""
+    if data in IMAGE_SETS:
+        return data
+    path = Path(data).expanduser().resolve()
+    if path.suffix != ".npz" or not path.is_file():
+        raise RunError(
+            f"there are no images '{data}'; use {', '.join(IMAGE_SETS)} or the path of"
+            " an .npz file."
+        )
+    return str(path)
+
+
+def _check_types(given: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name not in examples:
+            raise RunError(
+                f"there is no parameter '{name}'{suggestion(name, examples)}"
+            )
+        if type(value) is not type(examples[name]):
+            raise RunError(
+                f"parameter {name} must be like {examples[name]!r}, not {value!r}."
+            )
+
+
+def _shown(value: Any) -> Any:
+    return (
+        Path(value).name if isinstance(value, str) and value.endswith(".npz") else value
+    )

@@ -1,0 +1,179 @@
+"""What a sweep found: its runs recorded in a result file, a table of means with
+intervals, and a figure of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minisupernet.course.runs.sweeps import Sweep, Task
+from minisupernet.course.runs.workers import finished
+from minisupernet.files import whole_file
+
+if TYPE_CHECKING:
+    from minisupernet.course.statistics import Interval
+
+__all__ = ["record_sweep", "summarise"]
+
+
+def record_sweep(tasks: Sequence[Task], folder: Path, place: Path) -> None:
+    """Put every finished run into the result file `place`, or into the book's own file
+    where `place` is a folder.
+
+    A run replaces an older one of the same experiment, set-up, seed, fold and
+    overrides, or study's profile and seed.
+
+    Raises:
+        RunError: for a run of a notebook, which measures nothing that could be
+            recorded.
+    """
+    from minisupernet.course.records import record_run
+
+    for task in tasks:
+        file, keys = task.job.record()
+        if document := finished(folder, task.name, task.inputs):
+            record_run(
+                place / file if place.is_dir() else place, document["result"], keys
+            )
+
+
+def summarise(sweep: Sweep, tasks: Sequence[Task], folder: Path) -> str:
+    """A table of means with 95 % intervals, kept as `summary.md`, with a figure of it,
+    `summary.png`.
+
+    Where an arm has one accuracy a held-out task, the mean is over the tasks, each
+    first averaged over the runs that have it; the mean of anything else is over the
+    runs.
+
+    Raises:
+        ResultError: where a run has no such value.
+    """
+    groups: dict[str, list[dict]] = {}
+    for task in tasks:
+        if document := finished(folder, task.name, task.inputs):
+            groups.setdefault(str(task.settings.get(sweep.by, "default")), []).append(
+                document
+            )
+    if not groups:
+        return "No run has finished."
+    found = {
+        name: [_mean(documents, value) for value in sweep.values]
+        for name, documents in groups.items()
+    }
+    lines = [[sweep.by, "runs", *sweep.values], ["---"] * (2 + len(sweep.values))]
+    lines += [
+        [name, str(len(groups[name])), *map(_cell, means)]
+        for name, means in found.items()
+    ]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    with whole_file(folder / "summary.md") as part:
+        part.write_text(text, encoding="utf-8")
+    _draw(sweep, found, folder / "summary.png")
+    return text
+
+
+def _mean(documents: Sequence[dict], value: str) -> Interval | float:
+    """The mean of a value with its interval, or one number alone."""
+    from minisupernet.course.statistics import interval
+
+    units: dict[Any, list[float]] = {}
+    for number, document in enumerate(documents):
+        everything = document | document["result"]
+        picked = _pick(everything, value)
+        if isinstance(picked, list) and value.startswith(("arms.", "few.")):
+            for task, each in zip(
+                _held_out(everything), picked, strict=False
+            ):  # some arms stop after a few tasks
+                units.setdefault(task, []).append(each)
+        else:
+            units[f"run {number}"] = picked if isinstance(picked, list) else [picked]
+    means = [sum(each) / len(each) for each in units.values()]
+    return interval(means) if len(means) > 1 else means[0]
+
+
+def _held_out(result: dict) -> list[int]:
+    """The numbers of the held-out tasks, as they count in an interval."""
+    from minisupernet.course.records import one_of_a_pair
+    from minisupernet.errors import ResultError
+
+    tasks = result.get("held_out")
+    if (
+        not isinstance(tasks, list)
+        or not tasks
+        or not all(type(task) is int for task in tasks)
+    ):
+        raise ResultError(
+            "a run does not say which tasks were held out; delete its result and run it"
+            " again."
+        )
+    return (
+        [one_of_a_pair(task, result) for task in tasks]
+        if "settings" in result
+        else tasks
+    )
+
+
+def _pick(document: Any, value: str) -> float | list[float]:
+    """What lies at "arms.z_only.test" in a result."""
+    from minisupernet.errors import ResultError
+
+    found = document
+    for name in value.split("."):
+        if not isinstance(found, dict) or name not in found:
+            known = ", ".join(found) if isinstance(found, dict) else "no more"
+            raise ResultError(
+                f"the runs have no value '{value}'; where '{name}' should be there is"
+                f" {known}."
+            )
+        found = found[name]
+    numbers = found if isinstance(found, list) and found else [found]
+    if not all(type(each) in (int, float) and abs(each) < 1e300 for each in numbers):
+        raise ResultError(
+            f"the value '{value}' is neither a finite number nor a list of finite"
+            " numbers."
+        )
+    return found
+
+
+def _cell(mean: Interval | float) -> str:
+    if isinstance(mean, float | int):
+        return f"{mean:.4g} (one value)"
+    return f"{mean.mean:.4g} ({mean.low:.4g} to {mean.high:.4g}, n={mean.n})"
+
+
+def _draw(
+    sweep: Sweep, found: Mapping[str, list[Interval | float]], path: Path
+) -> None:
+    """One row of points with intervals a value, the groups side by side."""
+    from matplotlib import pyplot
+
+    from minisupernet.course.plots import new_figure
+
+    figure, axes = new_figure()
+    for number, value in enumerate(sweep.values):
+        shift = 0.1 * (number - (len(sweep.values) - 1) / 2)
+        for place, means in enumerate(found.values()):
+            mean = means[number]
+            low, middle, high = (
+                (mean,) * 3
+                if isinstance(mean, float | int)
+                else (mean.low, mean.mean, mean.high)
+            )
+            label = value if place == 0 else None
+            axes.plot([place + shift] * 2, [low, high], color=f"C{number}", linewidth=3)
+            axes.plot(
+                place + shift,
+                middle,
+                "D",
+                color=f"C{number}",
+                markeredgecolor="white",
+                label=label,
+            )
+    axes.set_xticks(range(len(found)), found)
+    axes.set(xlabel=sweep.by, ylabel="mean and 95 % interval")
+    axes.legend()
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
+    pyplot.close(figure)

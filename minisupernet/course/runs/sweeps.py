@@ -1,0 +1,280 @@
+"""Many runs from one YAML file: expanded, checked, done by an executor of
+`concurrent.futures`, and summed up.
+
+    fixed: {experiment: 1, profile: full, data: cifar100}    # the same in every run
+    grid: {z_dim: [2, 4, 8], seed: [0, 1, 2]}                # every combination list:
+    [{setup: better}, {setup: original}]               # or: sets of parameters, one by
+    one summary: {values: [arms.z_only.test], by: z_dim}         # what the table and
+    the figure show
+
+The executor is a pool of threads, each with one process at a time, or a Dask cluster;
+both do the same jobs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minisupernet.course.runs.jobs import Job, make_job
+from minisupernet.course.runs.parameters import plain, suggestion
+from minisupernet.course.runs.workers import Outcome, attempt, finished, one_line
+from minisupernet.errors import RunError
+
+__all__ = ["Sweep", "Task", "open_executor", "read_sweep", "run_tasks", "tasks_of"]
+
+MOST_RUNS = 10_000
+SERVE = (sys.executable, "-m", "minisupernet.course.runs.workers")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a YAML file asks for: the settings of each run, and what of their results is
+    shown against what.
+    """
+
+    runs: tuple[dict[str, Any], ...]
+    values: tuple[str, ...]
+    by: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job with its settings, the name of its files, and the checksum of its
+    inputs.
+    """
+
+    job: Job
+    settings: dict[str, Any]
+    name: str
+    inputs: str
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """Read and expand a YAML file; a run that it describes twice counts once.
+
+    Raises:
+        RunError: where the file is missing, is no YAML, or is not of the form above.
+    """
+    document = _read_yaml(Path(path))
+    keys = {"fixed": dict, "grid": dict, "list": list, "summary": dict}
+    for key, value in document.items():
+        if key not in keys:
+            raise RunError(
+                f"{path} has the unknown entry '{key}'{suggestion(str(key), keys)}"
+            )
+        if not isinstance(value, keys[key]):
+            raise RunError(
+                f"{path}: '{key}' must be a {keys[key].__name__}, not"
+                f" {type(value).__name__}."
+            )
+    grid = {
+        name: value if isinstance(value, list) else [value]
+        for name, value in document.get("grid", {}).items()
+    }
+    chosen = document.get("list", [{}])
+    if not all(isinstance(each, dict) for each in chosen):
+        raise RunError(
+            f"{path}: each entry of 'list' must be a set of parameters, as in {{seed:"
+            " 0}."
+        )
+    if not 0 < (count := len(chosen) * math.prod(map(len, grid.values()))) <= MOST_RUNS:
+        raise RunError(
+            f"{path} describes {count} runs; a sweep has 1 to {MOST_RUNS:,}."
+        )
+    runs = {}
+    for each, values in itertools.product(chosen, itertools.product(*grid.values())):
+        run = document.get("fixed", {}) | each | dict(zip(grid, values, strict=True))
+        run = {_name(path, name): plain(name, value) for name, value in run.items()}
+        runs[repr(sorted(run.items()))] = run
+    summary = document.get("summary", {})
+    values, by = (
+        summary.get("values", ["seconds"]),
+        summary.get("by", next(iter(grid), "seed")),
+    )
+    if not (
+        isinstance(values, list)
+        and values
+        and all(isinstance(each, str) for each in [*values, by])
+    ):
+        raise RunError(
+            f"{path}: 'summary' must be like {{values: [arms.z_only.test], by: seed}}."
+        )
+    return Sweep(tuple(runs.values()), tuple(values), by)
+
+
+def tasks_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Task]:
+    """Every run of a sweep, checked.
+
+    Raises:
+        RunError: for the first run that cannot start, or that cannot be recorded where
+            it is to be.
+    """
+    tasks = []
+    for settings in sweep.runs:
+        job = make_job(settings, root)
+        if to_record:
+            job.record()
+        inputs = job.inputs()
+        tasks.append(Task(job, settings, f"{job.label()}-{inputs[:12]}", inputs))
+    return tasks
+
+
+@contextmanager
+def open_executor(
+    workers: int, scheduler: str | None = None
+) -> Iterator[tuple[Executor, int]]:
+    """An executor and how many runs it does at once: threads of this process, or the
+    Dask cluster at `scheduler`.
+
+    Raises:
+        RunError: where `distributed` is not installed, the cluster does not answer or
+            goes away, or has no workers.
+    """
+    if scheduler is None:
+        if workers < 1:
+            raise RunError(f"a sweep needs at least one worker, not {workers}.")
+        pool = ThreadPoolExecutor(workers)
+        try:
+            yield pool, workers
+        finally:
+            pool.shutdown(cancel_futures=True)  # interrupted, it starts no more runs
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RunError(
+            'a cluster needs Dask; run `python -m pip install -e ".[cluster]"`.'
+        ) from error
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"no Dask scheduler answers at {scheduler}; start one with `dask"
+            " scheduler`."
+        ) from error
+    with client:
+        if not (slots := sum(client.nthreads().values())):
+            raise RunError(
+                f"the cluster at {scheduler} has no workers; start one with `dask"
+                f" worker {scheduler}`."
+            )
+        try:
+            yield client.get_executor(pure=False), slots
+        except Exception as error:
+            if client.status != "closed":
+                raise
+            raise RunError(
+                f"the cluster at {scheduler} went away; start it and this sweep again."
+            ) from error
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    folder: Path,
+    root: Path,
+    executor: Executor,
+    slots: int = 1,
+    retries: int = 2,
+    timeout: float | None = None,
+    threads: int = 1,
+    command: Sequence[str] = SERVE,
+) -> dict[str, str]:
+    """Do every task that is not finished, show how it goes, and return the failures:
+    {name: why}.
+
+    Args:
+        slots: how many the executor does at once; only shown.
+        retries: how often a run whose process died is started again.
+        timeout: seconds that one run may take.
+        command: starts a process that calls `workers.serve`.
+    """
+    from tqdm import tqdm
+
+    todo = [task for task in tasks if not finished(folder, task.name, task.inputs)]
+    failures: dict[str, str] = {}
+    deaths: Counter[str] = Counter()
+
+    def submit(task: Task) -> Future:
+        settings = task.settings | task.job.parameters  # with whole paths
+        order = {"settings": settings, "root": str(root), "folder": str(folder)}
+        order |= {"name": task.name, "inputs": task.inputs}
+        return executor.submit(attempt, order, list(command), timeout, threads)
+
+    with tqdm(
+        total=len(tasks),
+        initial=len(tasks) - len(todo),
+        desc="runs",
+        smoothing=0,
+        disable=None,
+    ) as bar:
+        pending = {submit(task): task for task in todo}
+        while pending:
+            bar.set_postfix_str(
+                f"{min(slots, len(pending))} running, {len(failures)} failed"
+            )
+            for future in wait(pending, timeout=1, return_when=FIRST_COMPLETED).done:
+                task = pending.pop(future)
+                status, reason = _outcome(future)
+                deaths[task.name] += status == "died"
+                if status == "claimed" or (
+                    status == "died" and deaths[task.name] <= retries
+                ):
+                    pending[submit(task)] = task
+                    continue
+                if status != "done":
+                    failures[task.name] = reason
+                bar.update()
+                tqdm.write(
+                    f"{task.name}: done" if status == "done" else f"failed: {reason}"
+                )
+    return failures
+
+
+def _outcome(future: Future) -> Outcome:
+    try:
+        return future.result()
+    except Exception as error:  # the worker itself died, or the cluster went away
+        return Outcome("died", one_line(error))
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        import yaml
+    except ImportError as error:
+        raise RunError(
+            "a sweep needs PyYAML; run `python -m pip install pyyaml`."
+        ) from error
+    try:
+        document = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise RunError(
+            f"the sweep {path} cannot be read ({error.strerror}); check the path."
+        ) from error
+    except Exception as error:  # damaged YAML fails in many ways
+        raise RunError(f"{path} is no YAML: {one_line(error)}") from error
+    if not isinstance(document, dict):
+        raise RunError(f"{path} must have entries such as 'fixed' and 'grid'.")
+    return document
+
+
+def _name(path: str | Path, name: Any) -> str:
+    if not isinstance(name, str):
+        raise RunError(
+            f"{path}: the parameter name {name!r} is no text; write it in quotes."
+        )
+    return name

@@ -1,0 +1,367 @@
+"""The study of chapter 8: what PudNet's networks are worth on classes never seen, what
+they cost, what the sketch does.
+
+Classes of the image set are cut three ways. The unseen ones are those of experiment 2's
+held-out pairs of this seed's fold; ten of the next fold choose learning rates; the
+others train. Every learning rate is chosen by one rule: each candidate gets a short
+run, and the best on validation images gets the full one.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from minisupernet.course.records import rounded
+from minisupernet.course.studies.pudnet_fits import (
+    FitBudget,
+    kept_for_training,
+    measure_fits,
+)
+from minisupernet.data import ImageSet, load
+from minisupernet.data.cifar import CIFAR_FOLDERS
+from minisupernet.data.episodes import Batch, Episodes, Shape
+from minisupernet.data.tasks import experiment_2, hold_out
+from minisupernet.files import data_folder
+from minisupernet.pudnet import FeatureNet, Learner, OneNetwork, PudNet
+from minisupernet.target import WeightSpec
+from minisupernet.training import History, one_cycle, train
+
+__all__ = ["Budget", "class_split", "measure", "measure_with"]
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is done. On a GPU: `measure_with(images, seed, Budget(steps=20_000,
+    tasks=32), print)`.
+
+    `steps` of `tasks` episodes of the form `shape` train each generator, after
+    `trial_steps` for each of `rates`; `episodes` are what every arm is judged on, with
+    `supports` support and `query` test images a class.
+    """
+
+    steps: int = 450
+    tasks: int = 6
+    shape: Shape = Shape(10, 5, 5)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    trial_steps: int = 60
+    episodes: int = 100
+    query: int = 10
+    supports: tuple[int, ...] = (1, 5, 50)
+    fits: FitBudget = FitBudget()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A learner after training, with what training it took."""
+
+    learner: Learner
+    record: dict
+
+
+def measure(images: ImageSet, seed: int, profile: str, report: Report) -> dict:
+    """Measure one seed; "full" takes about 12 minutes of one CPU core, "quick" half a
+    minute.
+    """
+    quick = Budget(
+        30,
+        4,
+        rates=(3e-3,),
+        trial_steps=0,
+        episodes=20,
+        fits=FitBudget((0.25, 0.5), (0.25,), (3e-3,), 0.1),
+    )
+    return measure_with(images, seed, quick if profile == "quick" else Budget(), report)
+
+
+def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) -> dict:
+    """Train PudNet and its controls with one seed and measure every arm; a dict ready
+    for JSON.
+    """
+    training, validation, unseen, pairs = class_split(images, seed)
+    arms = {}
+    for arm in ("pudnet", "no_auxiliary", "one_network"):
+        rates = (
+            (arms["pudnet"].record["rate"],) if arm == "no_auxiliary" else budget.rates
+        )
+        arms[arm] = train_learner(
+            arm, images, training, validation, rates, budget, seed
+        )
+        report(
+            f"{arm}: {arms[arm].record['seconds']:.0f} s at rate"
+            f" {arms[arm].record['rate']:g}"
+        )
+    learners = {arm: trained.learner for arm, trained in arms.items()}
+    learners["untrained"] = _new_learner("pudnet", images, seed)
+    for learner in learners.values():
+        # from here on every dataset is compared with the average of training
+        learner.eval()
+    places, notes = _places(images, training, unseen, budget.supports)
+    accuracies = {}
+    for name, (episodes, way, support) in places.items():
+        accuracies[name] = _episode_accuracies(
+            learners, episodes, Shape(way, support, budget.query), budget, seed
+        )
+        report(
+            f"{name}: "
+            + ", ".join(
+                f"{arm} {sum(v) / len(v):.3f}" for arm, v in accuracies[name].items()
+            )
+        )
+    binary = Episodes(images, unseen, test=True).whole(
+        [pair for _, pair in pairs], kept_for_training(images)
+    )
+    return {
+        "settings": asdict(budget),
+        "classes": {"training": training, "validation": validation, "unseen": unseen},
+        "parameters": (
+            {
+                arm: sum(p.numel() for p in learner.generator.parameters())
+                for arm, learner in learners.items()
+            }
+            | {"target": learners["pudnet"].generator.spec.size}
+        ),
+        "training": {arm: trained.record for arm, trained in arms.items()},
+        "episodes": accuracies,
+        "notes": notes,
+        "pairs": (
+            {
+                "numbers": [number for number, _ in pairs],
+                "support_per_class": kept_for_training(images),
+            }
+            | {
+                arm: rounded(learner.accuracy(binary))
+                for arm, learner in learners.items()
+            }
+        ),
+        "datasets": measure_fits(learners, images, unseen, budget.fits, seed, report),
+        "sketches": measure_sketches(
+            learners, images, Episodes(images, unseen, test=True), seed
+        ),
+    }
+
+
+def class_split(
+    images: ImageSet, seed: int
+) -> tuple[list[int], list[int], list[int], list[tuple[int, list[int]]]]:
+    """Training, validation and unseen classes, and the unseen pairs as (number of the
+    task, [label 0, label 1]).
+    """
+    tasks, fold = experiment_2(images.classes), seed % 5
+    half = len(tasks) // 2
+    pairs = [n for n in hold_out(2, fold, 5, images.classes, pairs=True)[1] if n < half]
+    unseen = sorted(
+        {tasks.positive[n] for n in pairs} | {tasks.negative[n] for n in pairs}
+    )
+    others = [
+        n
+        for n in hold_out(2, (fold + 1) % 5, 5, images.classes, pairs=True)[1]
+        if n < half
+    ]
+    others = others[: max(len(others) // 2, 1)]
+    validation = sorted(
+        {tasks.positive[n] for n in others} | {tasks.negative[n] for n in others}
+    )
+    training = [
+        number
+        for number in range(images.classes)
+        if number not in {*unseen, *validation}
+    ]
+    return (
+        training,
+        validation,
+        unseen,
+        [(n, [tasks.negative[n], tasks.positive[n]]) for n in pairs],
+    )
+
+
+def train_learner(
+    arm: str,
+    images: ImageSet,
+    training: list[int],
+    validation: list[int],
+    rates: tuple[float, ...],
+    budget: Budget,
+    seed: int,
+) -> Trained:
+    """Train "pudnet", "no_auxiliary" or "one_network" on episodes, at the rate that a
+    short run found best.
+    """
+    episodes, unmet = (
+        Episodes(images, training, flip=True),
+        Episodes(images, validation),
+    )
+    way = min(5, len(validation))
+    checks = [
+        unmet.draw(step, seed + 7_000, Shape(way, 5, budget.query), 20)
+        for step in range(2)
+    ]
+
+    def run(rate: float, steps: int) -> tuple[Learner, History]:
+        learner = _new_learner(arm, images, seed)
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, fused=True)
+        history = train(
+            learner,
+            optimizer,
+            lambda step: learner.loss(
+                episodes.draw(step, seed, budget.shape, budget.tasks)
+            ),
+            steps,
+            schedule=one_cycle,
+            every=max(steps // 4, 1),
+            label=arm,
+            evaluate=lambda: {"validation_accuracy": _mean(learner, checks)},
+        )
+        return learner, history
+
+    tried = []
+    if len(rates) > 1:
+        trials = [
+            (rate, run(rate, budget.trial_steps)[1].last("validation_accuracy"))
+            for rate in rates
+        ]
+        tried = [
+            {"rate": rate, "validation": round(value, 4)} for rate, value in trials
+        ]
+    rate = (
+        max(tried, key=lambda each: each["validation"])["rate"] if tried else rates[0]
+    )
+    learner, history = run(rate, budget.steps)
+    rows = [
+        {name: round(value, 4) for name, value in row.items()} for row in history.rows
+    ]
+    return Trained(
+        learner,
+        {"rate": rate, "tried": tried, "seconds": rows[-1]["seconds"], "history": rows},
+    )
+
+
+@torch.no_grad()
+def measure_sketches(
+    learners: dict[str, Learner],
+    images: ImageSet,
+    unseen: Episodes,
+    seed: int,
+    draws: int = 6,
+) -> dict:
+    """What sketches hold: how they gather by superclass, and what share of the weights'
+    size depends on the dataset.
+    """
+    batch = unseen.draw(0, seed + 8_000, Shape(min(5, len(unseen.classes)), 5, 1), 50)
+    found: dict = {"weight_share": {}, "nearest": {}}
+    for arm in ("pudnet", "untrained"):
+        weights = learners[arm].generator(batch.support)
+        found["weight_share"][arm] = {
+            name: round(
+                (tensor.var(0, correction=0).mean() / tensor.square().mean()).item(), 6
+            )
+            for name, tensor in weights.items()
+        }
+    if images.superclass_of is None:
+        return found
+    groups = [
+        (images.superclass_of == number).nonzero().flatten().tolist()
+        for number in images.superclass_of.unique()
+    ]
+    way = min(len(group) for group in groups)
+    sets = [
+        Episodes(images, group).draw(0, seed + 9_000 + n, Shape(way, 10, 1), draws)
+        for n, group in enumerate(groups)
+    ]
+    own = torch.arange(len(groups), device=images.device).repeat_interleave(draws)
+    for arm in ("pudnet", "untrained"):
+        sketches = torch.cat(
+            [learners[arm].generator.sketch(each.support) for each in sets]
+        )  # (groups * draws, width)
+        centred = sketches - sketches.mean(0)
+        distances = torch.cdist(centred, centred).fill_diagonal_(float("inf"))
+        found["nearest"][arm] = round(
+            (own[distances.argmin(1)] == own).float().mean().item(), 4
+        )
+        if arm == "pudnet":
+            plane = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
+            found["plane"] = [rounded(point) for point in plane]
+            found["superclass"] = own.tolist()
+    return found
+
+
+def _new_learner(arm: str, images: ImageSet, seed: int) -> Learner:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        target = FeatureNet()
+        spec = WeightSpec.of(target)
+        generator = OneNetwork(spec) if arm == "one_network" else PudNet(spec)
+        learner = Learner(
+            generator, target, classes=images.classes, auxiliary=arm != "no_auxiliary"
+        )
+    return learner.to(images.device)
+
+
+def _places(
+    images: ImageSet, training: list[int], unseen: list[int], supports: tuple[int, ...]
+) -> tuple[dict, list[str]]:
+    """Where arms are compared, {name: (episodes, way, support)}, and a note on each
+    image set that is not at hand.
+    """
+    new = Episodes(images, unseen, test=True)
+    most = len(unseen)
+    places = {f"unseen, 5-way, {k} a class": (new, min(5, most), k) for k in supports}
+    places["seen, 5-way, 5 a class"] = (
+        Episodes(images, training, test=True),
+        min(5, most),
+        5,
+    )
+    places[f"unseen, {most}-way, 5 a class"] = (new, most, 5)
+    notes = []
+    for name, at_hand in (("cifar10", _has_cifar10()), ("shapes100", True)):
+        if name == images.name or not at_hand:
+            notes.append(
+                f"{name}: "
+                + ("the training set itself" if at_hand else "not at hand, left out")
+            )
+            continue
+        other = load(name, images.device)
+        notes.append(
+            f"{name}: {len(other.train_images)} train and {len(other.test_images)} test"
+            " images"
+        )
+        episodes = Episodes(other, range(other.classes), test=True)
+        places[f"{name}, 5-way, 5 a class"] = (episodes, 5, 5)
+    return places, notes
+
+
+def _has_cifar10() -> bool:
+    return any(
+        (data_folder() / name).exists()
+        for name in (CIFAR_FOLDERS["cifar10"], "cifar10.npz")
+    )
+
+
+def _episode_accuracies(
+    learners: dict[str, Learner],
+    episodes: Episodes,
+    shape: Shape,
+    budget: Budget,
+    seed: int,
+) -> dict[str, list[float]]:
+    """Accuracy of each arm on the same fixed episodes; `wrong_sketch` shows PudNet the
+    next episode's dataset.
+    """
+    found: dict[str, list[float]] = {arm: [] for arm in [*learners, "wrong_sketch"]}
+    at_once = min(
+        10 if shape.way * (shape.support + shape.query) <= 150 else 4, budget.episodes
+    )
+    for step in range(budget.episodes // at_once):
+        batch = episodes.draw(step, seed + 5_000, shape, at_once)
+        for arm, learner in learners.items():
+            found[arm] += rounded(learner.accuracy(batch))
+        found["wrong_sketch"] += rounded(
+            learners["pudnet"].accuracy(batch, batch.support.roll(1, 0))
+        )
+    return found
+
+
+def _mean(learner: Learner, batches: list[Batch]) -> float:
+    return torch.cat([learner.accuracy(batch) for batch in batches]).mean().item()
