@@ -224,14 +224,14 @@ class WideResNet(Generated):
             `options` go.
 
     Raises:
-        StaticError: for a depth that is not 6 n + 4, a width below 1, or options
-            without `generated`.
+        StaticError: for a depth that is not 6 n + 4, a width that gives no whole number
+            of channels, or options without `generated`.
     """
 
     def __init__(
         self,
         depth: int,
-        width: int = 1,
+        width: float = 1,
         generated: bool = False,
         classes: int = 10,
         **options: int | str,
@@ -241,16 +241,16 @@ class WideResNet(Generated):
                 f"{', '.join(options)} would do nothing; pass generated=True, or leave"
                 " it out."
             )
-        if depth < 10 or (depth - 4) % 6 or width < 1:
+        if depth < 10 or (depth - 4) % 6 or width <= 0 or (16 * width) % 1:
             raise StaticError(
-                f"depth must be 10, 16, 22, ... and width 1 or more, got {depth} and"
-                f" {width}."
+                "depth must be 10, 16, 22, ... and 16 * width a whole number from 1,"
+                f" got {depth} and width {width}."
             )
         layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
         inputs = 16
         for group in range(3):
             for block in range((depth - 4) // 6):
-                outputs = 16 * width * 2**group
+                outputs = int(16 * width) * 2**group
                 layers.append(
                     _Block(inputs, outputs, stride=2 if group and not block else 1)
                 )

@@ -301,9 +301,9 @@ def test_the_ratio_counts_embeddings_and_goes_through_one():
         (lambda: kernels_to_make(nn.Conv2d(32, 32, 3, groups=2)), "it has none"),
         (
             lambda: WideResNet(12),
-            "depth must be 10, 16, 22, ... and width 1 or more, got 12 and 1",
+            r"depth must be 10, 16, 22, ... and 16 \* width a whole number",
         ),
-        (lambda: WideResNet(16, 0), "got 16 and 0"),
+        (lambda: WideResNet(16, 0.55), "got 16 and width 0.55"),
         (
             lambda: WideResNet(16, z_dim=8),
             "z_dim would do nothing; pass generated=True",

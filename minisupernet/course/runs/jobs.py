@@ -201,6 +201,7 @@ class StudyJob(Job):
             "profile": "full",
             "data": STUDIES[self.what].data,
             "device": "auto",
+            **STUDIES[self.what].unit,
         }
         _check_types(self.parameters, defaults)
         return {**defaults, **self.parameters}
@@ -222,16 +223,18 @@ class StudyJob(Job):
         )
 
     def measure(self, folder: Path, name: str, **options: Any) -> dict:
-        """Measure the study."""
+        """Measure the study, going on from the checkpoint that a killed unit left."""
         from minisupernet.course.studies import measure_study
 
-        return measure_study(self.what, **self._arguments())
+        checkpoint = folder / f"{name}.safetensors"
+        return measure_study(self.what, checkpoint=checkpoint, **self._arguments())
 
     def record(self) -> tuple[str, tuple[str, ...]]:
         """The study's own file, and the values that tell its runs apart."""
         from minisupernet.course.studies import STUDIES
 
-        return STUDIES[self.what].result, ("profile", "seed")
+        study = STUDIES[self.what]
+        return study.result, ("profile", "seed", *study.unit)
 
 
 def make_job(settings: Mapping[str, Any], root: Path) -> Job:

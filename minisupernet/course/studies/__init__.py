@@ -1,11 +1,13 @@
-"""What is measured for chapters 2, 3, 4 and 8: one module a system, each with a
-function `measure`.
+"""What is measured for chapters 2, 3, 4 and 8: a module a system, each with a function
+`measure`.
+
+A long study is cut into units of one arm and one seed, which are recorded as they end.
 """
 
 import importlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minisupernet.course.records import provenance, record_run, results_file
@@ -15,20 +17,29 @@ from minisupernet.training import pick_device
 
 __all__ = ["STUDIES", "Study", "measure_study", "record_study"]
 
+Value = str | int | float
+
 
 @dataclass(frozen=True)
 class Study:
     """Where one study's runs are recorded, and the images it takes unless told
     otherwise.
+
+    `unit` are the parameters, beside the seed, that tell its units apart, each with a
+    value to show what it is like; a study without any is one run a seed.
     """
 
     result: str
     data: str = "cifar10"
+    unit: Mapping[str, Value] = field(default_factory=dict)
 
 
 STUDIES = {
     "net2net": Study("02_net2net.json"),
     "static_hypernet": Study("03_static_hypernetworks.json"),
+    "static_long": Study(
+        "03_static_long.json", unit={"arm": "generated", "rate": 3e-3, "epochs": 40.0}
+    ),
     "hyperlstm": Study("04_dynamic_hypernetworks.json"),
     "pudnet": Study("08_pudnet.json", "cifar100"),
 }
@@ -41,9 +52,11 @@ def measure_study(
     data: str | None = None,
     device: str = "auto",
     report: Callable[[str], None] = print,
+    checkpoint: Path | None = None,
+    **unit: Value,
 ) -> dict:
-    """Measure one study with one seed and return all of it, with where it comes from,
-    ready for JSON.
+    """Measure one study, or one unit of it, with one seed and return all of it, with
+    where it comes from, ready for JSON.
 
     Args:
         name: a key of `STUDIES`.
@@ -51,6 +64,8 @@ def measure_study(
         data: an image set, as `minisupernet.data.load` takes it; by default the study's
             own.
         report: told each stage as it ends, in one line.
+        checkpoint: a safetensors file from which a killed unit goes on.
+        unit: the unit's parameters, where the study has units.
 
     Raises:
         StudyError: for a study or a profile that does not exist.
@@ -62,16 +77,17 @@ def measure_study(
     if profile not in ("quick", "full"):
         raise StudyError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
     began = time.perf_counter()
-    images = load(data or STUDIES[name].data, pick_device(device))
-    found = importlib.import_module(f"minisupernet.course.studies.{name}").measure(
-        images, seed, profile, report
-    )
-    seconds = round(time.perf_counter() - began, 1)
+    study, images = STUDIES[name], load(data or STUDIES[name].data, pick_device(device))
+    measure = importlib.import_module(f"{__name__}.{name}").measure
+    if study.unit:
+        found = measure(images, seed, profile, report, checkpoint, **study.unit | unit)
+    else:
+        found = measure(images, seed, profile, report)
     return {
         "profile": profile,
         "seed": seed,
         **found,
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - began, 1),
         **provenance(images, images.device),
     }
 
