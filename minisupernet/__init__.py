@@ -2,7 +2,6 @@
 
     import torch
     from minisupernet import SuperNet, TaskClassifier, WeightSpec, run_tasks
-
     target = TaskClassifier()  # any nn.Module without random or batch-coupled layers
     generator = SuperNet(WeightSpec.of(target), z_dim=16)
     weights = generator(torch.randn(5, 16))  # five task vectors -> {name: (5, *shape)}
