@@ -112,31 +112,25 @@ def fit_alone(
     target: nn.Module,
     data: TaskImages,
     fit: Fit,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> History:
     """Fit T networks side by side, none knowing of the others.
 
-    The loss is summed over tasks, so each task's fit is what it would be alone.
+    The loss is summed over tasks, so each task's fit is what it would be alone; the
+    `penalty`, where there is one, is summed over tasks too.
     """
 
     def loss_at(step: int) -> Tensor:
-        _, images, labels = data.batch(
-            step, fit.seed, fit.images
-        )  # (T, B, ...), (T, B)
-        logits = run_tasks(target, make_weights(), images)
-        return (
-            F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            .mean(1)
-            .sum()
-        )
+        _, images, labels = data.batch(step, fit.seed, fit.images)  # (T, B, ...)
+        logits = run_tasks(target, make_weights(), images)  # (T, B)
+        each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        loss = each.mean(1).sum()
+        return loss if penalty is None else loss + penalty()
 
-    optimizer = fit.make_optimizer(weights, z)
-    return minimise(
-        state,
-        optimizer,
-        loss_at,
-        fit,
-        lambda: accuracy(target, make_weights(), data, "validation"),
-    )
+    def measure() -> Tensor:
+        return accuracy(target, make_weights(), data, "validation")
+
+    return minimise(state, fit.make_optimizer(weights, z), loss_at, fit, measure)
 
 
 def fit_weights(

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import minisupernet
-from support import ROOT
 
 FOLDER = Path(minisupernet.__file__).parent
 MODULES = sorted(

@@ -41,6 +41,11 @@ STUDIES = {
         "03_static_long.json", unit={"arm": "generated", "rate": 3e-3, "epochs": 40.0}
     ),
     "hyperlstm": Study("04_dynamic_hypernetworks.json"),
+    "opponents": Study(
+        "07_opponents.json",
+        "cifar100",
+        {"experiment": 2, "fold": 0, "group": "heads"},
+    ),
     "pudnet": Study("08_pudnet.json", "cifar100"),
 }
 

@@ -149,6 +149,9 @@ class Bench:
             checkpoint=checkpoint,
         )
         self.z = z[: len(self.trained)]
+        if vectors is not None:  # those of the classes that were asked about
+            known = sorted({*tasks.positive, *tasks.negative})
+            self.class_vectors = vectors.u.detach()[known]  # (classes, z_dim)
         return history
 
     def mean_z(self) -> Tensor:

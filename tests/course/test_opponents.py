@@ -1,0 +1,81 @@
+"""The opponents of a task vector: every group runs on a tiny set, and is right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import coloured_squares
+
+from minisupernet.course.studies import opponents
+from minisupernet.course.studies.opponents import GROUPS, fit_logistic, measure
+from minisupernet.course.studies.rates import best_rate
+from minisupernet.errors import StudyError
+
+
+@pytest.fixture(scope="module")
+def squares():
+    return coloured_squares(classes=20, train=60)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    short = replace(opponents.QUICK, steps=6, images=40, trial_steps=2, most=3)
+    monkeypatch.setattr(opponents, "QUICK", short)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "group"), [(1, "heads"), *((2, group) for group in GROUPS)]
+)
+def test_a_group_measures_every_held_out_task(squares, experiment, group, tmp_path):
+    path = tmp_path / "unit.safetensors"
+    run = measure(squares, 0, "quick", str, path, experiment, 0, group)
+    assert run["few"] and all(
+        len(arm["test"]) == len(run["held_out"]) >= 2
+        for arms in run["few"].values()
+        for arm in arms.values()
+    )
+    for arms in run["few"].values():
+        for arm in arms.values():
+            tried = [each["rate"] for each in arm.get("tried", [])]
+            assert tried == sorted(tried) and (not tried or arm["rate"] in tried)
+    if group == "prior":
+        assert run["generator"]["sha256_before"] == run["generator"]["sha256_after"]
+        assert len(run["prior"]) == 32 and min(run["prior"]) > -1e-6
+
+
+def test_no_trunk_is_trained_on_a_held_out_class(squares):
+    run = measure(squares, 0, "quick", str, None, 2, 0, "heads")
+    assert run["trunk"]["classes"] == squares.classes - 2 * len(run["held_out"])
+
+
+def test_an_unknown_group_is_refused(squares):
+    with pytest.raises(StudyError, match="no group 'tails'; choose of heads"):
+        measure(squares, 0, "quick", str, None, 2, 0, "tails")
+
+
+def test_a_logistic_regression_is_the_minimum():
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 40, 5, generator=random)
+    labels = (features[:, :, 0] + torch.randn(3, 40, generator=random) > 0).float()
+    found = fit_logistic(features, labels, 0.1)
+    weight, bias = (t.clone().requires_grad_() for t in (found.weight, found.bias))
+    logits = torch.einsum("tnd,td->tn", features.double(), weight) + bias[:, None]
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.double())
+    (3 * loss + 0.05 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+
+
+def test_candidates_grow_beyond_an_edge_and_stop_inside():
+    asked = []
+
+    def trial(rate: float) -> tuple[float, float]:
+        asked.append(rate)
+        return -abs(rate - 16.0), rate
+
+    chosen = best_rate((1.0, 2.0, 4.0), trial, most=8)
+    assert (chosen.rate, chosen.result) == (16.0, 16.0)
+    assert asked == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    assert [each["rate"] for each in chosen.tried] == sorted(asked)
+    assert best_rate((1.0, 2.0, 4.0), trial, most=4).rate == 8.0
+    assert best_rate((1.0, 2.0, 4.0), trial).rate == 4.0
+    assert best_rate((5.0,), trial).rate == 5.0
