@@ -44,7 +44,7 @@ STUDIES = {
     "opponents": Study(
         "07_opponents.json",
         "cifar100",
-        {"experiment": 2, "fold": 0, "group": "heads"},
+        {"of_experiment": 2, "fold": 0, "group": "heads"},
     ),
     "pudnet": Study("08_pudnet.json", "cifar100"),
 }

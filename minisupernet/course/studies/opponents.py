@@ -189,14 +189,14 @@ def measure(
     profile: str,
     report: Report,
     checkpoint: Path | None,
-    experiment: int,
+    of_experiment: int,
     fold: int,
     group: str,
 ) -> dict:
     """One group of arms on the held-out tasks of one fold; a dict ready for JSON.
 
     Args:
-        experiment: 1, or 2 for pairs of classes that no question was about.
+        of_experiment: 1, or 2 for pairs of classes that no question was about.
         group: a key of `GROUPS`.
 
     Raises:
@@ -204,14 +204,15 @@ def measure(
     """
     if group not in GROUPS:
         raise StudyError(f"there is no group '{group}'; choose of {', '.join(GROUPS)}.")
-    setup = (many_tasks if experiment == 1 else unseen_pairs)(experiment, profile)
+    first = of_experiment == 1
+    setup = many_tasks(1, profile) if first else unseen_pairs(of_experiment, profile)
     bench = Bench(setup, images, seed, fold)
     settings = QUICK if profile == "quick" else FULL
     half = len(bench.tasks) // 2
-    numbers = [n for n in bench.held_out if experiment == 1 or n < half]
+    numbers = [n for n in bench.held_out if first or n < half]
     found = GROUPS[group](bench, numbers, settings, report, checkpoint)
     return {
-        "experiment": experiment,
+        "of_experiment": of_experiment,
         "fold": fold,
         "group": group,
         "settings": asdict(settings),
