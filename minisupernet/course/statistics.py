@@ -7,7 +7,7 @@ import numpy as np
 
 from minisupernet.errors import ResultError
 
-__all__ = ["Interval", "difference", "interval", "paired"]
+__all__ = ["RESAMPLES", "Interval", "difference", "interval", "paired"]
 
 RESAMPLES = 10_000
 

@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from minisupernet.course.commands import main
 from minisupernet.course.records import fingerprint, load_runs
 from minisupernet.course.studies import arms as experiments
-from minisupernet.course.studies.arms import ADAPTED, Bench, run_experiment
+from minisupernet.course.studies.arms import (
+    ADAPTED,
+    Adapted,
+    Fold,
+    Trained,
+    measure_arm,
+    run_experiment,
+)
 from minisupernet.course.studies.setups import (
     SETUPS,
     better,
@@ -25,6 +32,7 @@ from minisupernet.course.studies.setups import (
 )
 from minisupernet.errors import SetupError
 from minisupernet.fitting import Fit
+from minisupernet.training import History
 
 
 def short(setup, unfrozen=0):
@@ -81,10 +89,10 @@ def test_every_arm_is_measured_on_the_held_out_tasks(make, experiment, many_squa
 
 
 def test_unseen_pairs_are_trained_in_neither_orientation(many_squares):
-    bench = Bench(short(unseen_pairs(2, "quick")), many_squares)
-    tasks = bench.tasks
-    met = {frozenset((tasks.positive[n], tasks.negative[n])) for n in bench.trained}
-    asked = [frozenset((tasks.positive[n], tasks.negative[n])) for n in bench.held_out]
+    fold = Fold.of(short(unseen_pairs(2, "quick")), many_squares)
+    tasks = fold.tasks
+    met = {frozenset((tasks.positive[n], tasks.negative[n])) for n in fold.trained}
+    asked = [frozenset((tasks.positive[n], tasks.negative[n])) for n in fold.held_out]
     assert not met & set(asked) and len(asked) == 2 * len(set(asked)) > 0
     with pytest.raises(SetupError, match="only experiment 2"):
         unseen_pairs(1)
@@ -140,17 +148,16 @@ def test_the_whole_ladder_the_few_images_and_the_geometry(
 )
 def test_what_the_search_varies_reaches_the_run(change, many_squares):
     setup = dataclasses.replace(short(search(2)), **change)
-    bench = Bench(setup, many_squares)
-    assert bench.data([0]).batch(0, 0, 4)[1].max() > 200 or not setup.raw
-    assert (bench.generator.bound, bench.target.convolutions[0].out_channels) == (
-        setup.bound,
-        setup.channels,
-    )
+    fold = Fold.of(setup, many_squares)
+    assert fold.data([0]).batch(0, 0, 4)[1].max() > 200 or not setup.raw
+    bound, channels = setup.bound, setup.channels
+    assert fold.new_generator(0).bound == bound
+    assert fold.target.convolutions[0].out_channels == channels
     run = run_experiment(setup, many_squares, report=lambda line: None)
     assert set(run["arms"]) == {"z_only", "no_adaptation", "other_z"} and set(
         run["few"]
     ) == {"20"}
-    assert run["parameters"]["target"] == bench.spec.size
+    assert run["parameters"]["target"] == fold.spec.size
 
 
 def test_task_vectors_decay_as_the_fit_says():
@@ -162,8 +169,8 @@ def test_task_vectors_decay_as_the_fit_says():
 
 
 def test_few_images_are_the_first_of_each_class(many_squares):
-    bench = Bench(short(many_tasks(2)), many_squares)
-    few, every = bench.data(bench.held_out, 2), bench.data(bench.held_out)
+    fold = Fold.of(short(many_tasks(2)), many_squares)
+    few, every = fold.data(fold.held_out, 2), fold.data(fold.held_out)
     assert (few.splits["train"].counts <= 2).all() and (
         every.splits["train"].counts > 2
     ).any()
@@ -217,15 +224,19 @@ def test_the_rate_is_chosen_on_validation_images(many_squares, monkeypatch):
         ("validation", 3e-1): 0.7,
     }
     scores |= {("test", 3e-2): 0.9, ("test", 1e-1): 0.5, ("test", 3e-1): 0.6}
-    bench = Bench(short(better(2)), many_squares)
-    object.__setattr__(bench.setup, "rates", better(2).rates)
-    monkeypatch.setattr(bench, "adapt", lambda arm, rate, data: rate)
+    fold = Fold.of(short(better(2)), many_squares)
+    object.__setattr__(fold.setup, "rates", better(2).rates)
+    made = Trained(fold, fold.new_generator(0), torch.zeros(1, 4), None, History())
+    monkeypatch.setattr(
+        experiments, "adapt", lambda made, arm, rate, data: Adapted(rate)
+    )
     monkeypatch.setattr(
         experiments,
         "accuracy",
         lambda t, rate, d, split="test": torch.tensor([scores[split, rate]]),
     )
-    best = experiments.best_rate(bench, "z_only", lambda line: None)
+    best, adapted = measure_arm(made, "z_only", lambda line: None)
+    assert adapted.weights == 1e-1
     assert best["rate"] == 1e-1 and best["test"] == [0.5]
 
 
@@ -250,15 +261,15 @@ def test_the_original_is_set_up_as_its_code():
 
 
 def test_the_original_sees_raw_pixels_and_a_linear_head(many_squares):
-    bench = Bench(short(original(1, "quick")), many_squares)
+    fold = Fold.of(short(original(1, "quick")), many_squares)
     assert (
-        bench.target.head_slope == 1.0
-        and bench.generator.bound == 1.0
-        and not bench.generator.trunk
+        fold.target.head_slope == 1.0
+        and fold.new_generator(0).bound == 1.0
+        and not fold.new_generator(0).trunk
     )
-    assert bench.data([0]).batch(0, 0, 4)[1].max() > 200
+    assert fold.data([0]).batch(0, 0, 4)[1].max() > 200
     assert (
-        Bench(short(better(1, "quick")), many_squares)
+        Fold.of(short(better(1, "quick")), many_squares)
         .data([0])
         .batch(0, 0, 4)[1]
         .abs()
@@ -287,15 +298,11 @@ def test_two_equal_copies_of_z_move_as_one_at_twice_the_rate():
 
 
 def test_the_wrong_generator_is_a_fresh_one(many_squares):
-    bench = Bench(short(better(1, "quick")), many_squares)
-    start = fingerprint(bench.generator)
-    assert (
-        fingerprint(bench.new_generator(0))
-        == start
-        != fingerprint(bench.new_generator(1_000))
-    )
-    bench.train()
-    assert fingerprint(bench.generator) != start
+    fold = Fold.of(short(better(1, "quick")), many_squares)
+    start = fingerprint(fold.new_generator(0))
+    assert start == fingerprint(fold.new_generator(0))
+    assert start != fingerprint(fold.new_generator(1_000))
+    assert fingerprint(fold.train().generator) != start
 
 
 @pytest.fixture

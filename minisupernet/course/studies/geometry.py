@@ -2,22 +2,27 @@
 what lies between two tasks.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minisupernet.course.records import rounded
 from minisupernet.seeds import step_generator
 
-if TYPE_CHECKING:
-    from minisupernet.course.studies import arms as experiments
+__all__ = [
+    "Vectors",
+    "dimensions_used",
+    "measure_geometry",
+    "neighbours",
+    "twins",
+    "variances",
+]
 
-__all__ = ["dimensions_used", "measure_geometry", "neighbours", "twins", "variances"]
-
+Test = Callable[[Tensor, list[int]], list[float]]
 PERMUTATIONS = 10_000
 FRACTIONS = 11
 
@@ -71,8 +76,24 @@ def twins(z: Tensor, others: Tensor) -> float:
     return round(F.cosine_similarity(z, others).mean().item(), 4)
 
 
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Task vectors of one generator and the numbers of their tasks: `z` (T, z_dim) of
+    the `trained` tasks, `fitted` of the `held_out` ones, of `total` tasks in all."""
+
+    z: Tensor
+    trained: list[int]
+    fitted: Tensor
+    held_out: list[int]
+    total: int
+
+    def of(self, numbers: list[int]) -> Tensor:
+        """The vectors of trained tasks with these numbers."""
+        return self.z[[self.trained.index(number) for number in numbers]]
+
+
 def line(
-    bench: experiments.Bench, start: list[int], end: list[int]
+    vectors: Vectors, test: Test, start: list[int], end: list[int]
 ) -> dict[str, list[float]]:
     """Walk straight from the z of some trained tasks to that of others.
 
@@ -80,72 +101,69 @@ def line(
         Mean test accuracy at 11 equal steps, on the tasks where the walk starts and on
         those where it ends.
     """
-    first, last = (
-        bench.z[[bench.trained.index(number) for number in side]]
-        for side in (start, end)
-    )
+    first, last = vectors.of(start), vectors.of(end)
     steps = torch.linspace(0, 1, FRACTIONS)
     walk = [first + (last - first) * fraction for fraction in steps.to(first.device)]
     return {
-        name: [round(fmean(bench.test_z(z, numbers)), 4) for z in walk]
+        name: [round(fmean(test(z, numbers)), 4) for z in walk]
         for name, numbers in (("start", start), ("end", end))
     }
 
 
-def measure_geometry(bench: experiments.Bench, fitted: Tensor) -> dict:
-    """All of the above for one trained generator and the vectors (T, z_dim) fitted to
-    its held-out tasks.
+def measure_geometry(
+    vectors: Vectors, test: Test, reversed_pairs: bool, groups: Tensor | None = None
+) -> dict:
+    """All of the above for one trained generator.
+
+    Args:
+        test: task vectors and task numbers to test accuracies.
+        reversed_pairs: whether the second half of the tasks is the first, reversed.
+        groups: the superclass of each trained task's class, (T,), where there is one.
     """
-    trained, tasks = bench.trained, bench.tasks
-    half = len(tasks) // 2
     found = {
-        "variances": [round(share, 4) for share in variances(bench.z).tolist()],
-        "dimensions_used": round(dimensions_used(bench.z), 2),
-        "accuracy_in_few_directions": _in_few_directions(bench),
-        "length": {"trained": _length(bench.z), "fitted": _length(fitted)},
+        "variances": rounded(variances(vectors.z)),
+        "dimensions_used": round(dimensions_used(vectors.z), 2),
+        "accuracy_in_few_directions": _in_few_directions(vectors, test),
+        "length": {
+            "trained": _length(vectors.z),
+            "fitted": _length(vectors.fitted),
+        },
     }
-    if bench.setup.experiment == 1:
-        found["line"] = line(bench, trained, trained[1:] + trained[:1])
-        if bench.images.superclass_of is not None:
-            coarse = bench.images.superclass_of[
-                [tasks.positive[number] for number in trained]
-            ]
-            found["neighbours"] = neighbours(bench.z, coarse)
-        return found
-    both = [number for number in trained if number < half and number + half in trained]
-    own, other = (
-        [trained.index(number) for number in side]
-        for side in (both, [n + half for n in both])
-    )
-    centre = (bench.z[own].mean(0) + bench.z[other].mean(0)) / 2
-    found["line"] = line(bench, both, [number + half for number in both])
-    found["twins"] = twins(bench.z[own] - centre, bench.z[other] - centre)
-    known = [number - half for number in bench.held_out]
-    if set(known) <= set(trained):  # held-out reversed tasks, whose twins were trained
-        theirs = bench.z[[trained.index(number) for number in known]]
-        found["fitted_twins"] = twins(fitted - centre, theirs - centre)
-        found["mirrored_z"] = bench.test_z(2 * centre - theirs)
+    if reversed_pairs:
+        return found | _of_twins(vectors, test)
+    trained = vectors.trained
+    found["line"] = line(vectors, test, trained, trained[1:] + trained[:1])
+    if groups is not None:
+        found["neighbours"] = neighbours(vectors.z, groups)
     return found
 
 
-def _in_few_directions(bench: experiments.Bench) -> dict[str, float]:
+def _of_twins(vectors: Vectors, test: Test) -> dict:
+    """Where a reversed task's vector lies: its own, and that fitted to a new one."""
+    trained, half = vectors.trained, vectors.total // 2
+    both = [n for n in trained if n < half and n + half in trained]
+    others = [number + half for number in both]
+    own, other = vectors.of(both), vectors.of(others)
+    centre = (own.mean(0) + other.mean(0)) / 2
+    found = {"line": line(vectors, test, both, others)}
+    found["twins"] = twins(own - centre, other - centre)
+    known = [number - half for number in vectors.held_out]
+    if set(known) <= set(trained):  # held-out reversed tasks, whose twins were trained
+        theirs = vectors.of(known)
+        found["fitted_twins"] = twins(vectors.fitted - centre, theirs - centre)
+        found["mirrored_z"] = test(2 * centre - theirs, vectors.held_out)
+    return found
+
+
+def _in_few_directions(vectors: Vectors, test: Test) -> dict[str, float]:
     """Mean test accuracy of the trained tasks when z keeps only its first k principal
-    directions.
-    """
-    mean = bench.z.mean(0)
-    _, _, directions = torch.linalg.svd(bench.z - mean, full_matrices=False)
-    kept = {
-        count: directions[:count]
-        for count in (0, 1, 2, 4, 8, 16, 32, 64)
-        if count <= len(directions)
-    }
-    walk = {
-        count: mean + (bench.z - mean) @ kept[count].T @ kept[count] for count in kept
-    }
-    return {
-        str(count): round(fmean(bench.test_z(z, bench.trained)), 4)
-        for count, z in walk.items()
-    }
+    directions."""
+    mean = vectors.z.mean(0)
+    away = vectors.z - mean
+    _, _, directions = torch.linalg.svd(away, full_matrices=False)
+    counts = [n for n in (0, 1, 2, 4, 8, 16, 32, 64) if n <= len(directions)]
+    walk = {n: mean + away @ directions[:n].T @ directions[:n] for n in counts}
+    return {str(n): round(fmean(test(walk[n], vectors.trained)), 4) for n in counts}
 
 
 def _length(z: Tensor) -> float:

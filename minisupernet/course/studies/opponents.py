@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.course.records import fingerprint, rounded
-from minisupernet.course.studies.arms import Bench
+from minisupernet.course.studies.arms import Fold, Trained
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.course.studies.setups import many_tasks, unseen_pairs
 from minisupernet.data import ImageSet, augment, normalise
@@ -206,11 +206,11 @@ def measure(
         raise StudyError(f"there is no group '{group}'; choose of {', '.join(GROUPS)}.")
     first = of_experiment == 1
     setup = many_tasks(1, profile) if first else unseen_pairs(of_experiment, profile)
-    bench = Bench(setup, images, seed, fold)
+    held = Fold.of(setup, images, seed, fold)
     settings = QUICK if profile == "quick" else FULL
-    half = len(bench.tasks) // 2
-    numbers = [n for n in bench.held_out if first or n < half]
-    found = GROUPS[group](bench, numbers, settings, report, checkpoint)
+    half = len(held.tasks) // 2
+    numbers = [number for number in held.held_out if first or number < half]
+    found = GROUPS[group](held, numbers, settings, report, checkpoint)
     return {
         "of_experiment": of_experiment,
         "fold": fold,
@@ -222,12 +222,12 @@ def measure(
 
 
 def _heads(
-    bench: Bench, numbers: list[int], settings: Settings, report: Report, path: Path
+    fold: Fold, numbers: list[int], settings: Settings, report: Report, path: Path
 ) -> dict:
-    trunk, about = _train_trunk(bench, settings, report, path)
+    trunk, about = _train_trunk(fold, settings, report, path)
     few = {}
     for size in settings.sizes:
-        features = TaskFeatures.of(trunk, bench.data(numbers, size))
+        features = TaskFeatures.of(trunk, fold.data(numbers, size))
         few[_name(size)] = {
             "head": _head(features, settings)[1],
             "head_32": _head(features.along(trunk.directions[:RANK]), settings)[1],
@@ -270,34 +270,34 @@ def _nearest_mean(features: TaskFeatures) -> dict:
 
 
 def _from_trunk(
-    bench: Bench, numbers: list[int], settings: Settings, report: Report, path: Path
+    fold: Fold, numbers: list[int], settings: Settings, report: Report, path: Path
 ) -> dict:
-    trunk, about = _train_trunk(bench, settings, report, path)
+    trunk, about = _train_trunk(fold, settings, report, path)
     few = {}
     for size in settings.fitted_sizes:
-        data = bench.data(numbers, size)
-        start = _whole_network(trunk, bench, data, settings)
+        data = fold.data(numbers, size)
+        start = _whole_network(trunk, fold, data, settings)
         fits = {
             "biases": lambda fit, start=start, data=data: _fit_part(
-                bench, data, fit, start, "*.bias"
+                fold, data, fit, start, "*.bias"
             ),
             "lora": lambda fit, start=start, data=data: _fit_lora(
-                bench, data, fit, start
+                fold, data, fit, start
             ),
             "trunk_fine_tuned": lambda fit, start=start, data=data: _fit_part(
-                bench, data, fit, start, "*"
+                fold, data, fit, start, "*"
             ),
         }
         rates = {"biases": 1e-3, "lora": 1e-3, "trunk_fine_tuned": 1e-4}
         few[_name(size)] = {
-            arm: _fitted(bench, data, rates[arm], settings, fits[arm]) for arm in fits
+            arm: _fitted(fold, data, rates[arm], settings, fits[arm]) for arm in fits
         }
         _tell(report, size, few[_name(size)])
     return {"trunk": about, "few": few}
 
 
 def _whole_network(
-    trunk: Trunk, bench: Bench, data: TaskImages, settings: Settings
+    trunk: Trunk, fold: Fold, data: TaskImages, settings: Settings
 ) -> Tensor:
     """Trunk and logistic head as weights of the target, (T, P)."""
     head, _ = _head(TaskFeatures.of(trunk, data), settings)
@@ -310,22 +310,22 @@ def _whole_network(
     }
     weights |= {"output.weight": weight.float()[:, None], "output.bias": bias.float()}
     weights["output.bias"] = weights["output.bias"][:, None]
-    return bench.spec.join(weights)
+    return fold.spec.join(weights)
 
 
 def _fit_part(
-    bench: Bench, data: TaskImages, fit: Fit, start: Tensor, pattern: str
+    fold: Fold, data: TaskImages, fit: Fit, start: Tensor, pattern: str
 ) -> Weights:
-    names = [tensor.name for tensor in bench.spec.tensors]
+    names = [tensor.name for tensor in fold.spec.tensors]
     only = fnmatch.filter(names, pattern)
-    flat, _ = fit_weights(bench.spec, bench.target, data, fit, start, only)
-    return bench.spec.split(flat)
+    flat, _ = fit_weights(fold.spec, fold.target, data, fit, start, only)
+    return fold.spec.split(flat)
 
 
-def _fit_lora(bench: Bench, data: TaskImages, fit: Fit, start: Tensor) -> Weights:
+def _fit_lora(fold: Fold, data: TaskImages, fit: Fit, start: Tensor) -> Weights:
     """Each weight matrix, or kernel laid out as one, plus a b' (Hu and others, 2021):
     a starts at 0 and b at random."""
-    fixed, tasks = bench.spec.split(start), len(start)
+    fixed, tasks = fold.spec.split(start), len(start)
     random, factors = step_generator(fit.seed, -3), nn.ParameterDict()
     matrices = {n: w.flatten(2) for n, w in fixed.items() if w.ndim > 2}  # (T, out, in)
     for name, matrix in matrices.items():
@@ -345,57 +345,57 @@ def _fit_lora(bench: Bench, data: TaskImages, fit: Fit, start: Tensor) -> Weight
             moved[name] = fixed[name] + product.view_as(fixed[name])
         return {**fixed, **moved}
 
-    fit_alone(factors, weights, list(factors.values()), [], bench.target, data, fit)
+    fit_alone(factors, weights, list(factors.values()), [], fold.target, data, fit)
     return {name: own.detach() for name, own in weights().items()}
 
 
 def _prototypes(
-    bench: Bench, numbers: list[int], settings: Settings, report: Report, path: Path
+    fold: Fold, numbers: list[int], settings: Settings, report: Report, path: Path
 ) -> dict:
-    trunk, about = _train_trunk(bench, settings, report, path, episodes=True)
+    trunk, about = _train_trunk(fold, settings, report, path, episodes=True)
     few = {}
     for size in settings.sizes:
-        features = TaskFeatures.of(trunk, bench.data(numbers, size))
+        features = TaskFeatures.of(trunk, fold.data(numbers, size))
         few[_name(size)] = {"protonet": _nearest_mean(features)}
         _tell(report, size, few[_name(size)])
     return {"trunk": about, "few": few}
 
 
 def _prior(
-    bench: Bench, numbers: list[int], settings: Settings, report: Report, path: Path
+    fold: Fold, numbers: list[int], settings: Settings, report: Report, path: Path
 ) -> dict:
-    history = bench.train(path)
-    before, few = fingerprint(bench.generator), {}
-    covariance = torch.cov(bench.class_vectors.T)  # (z_dim, z_dim)
+    trained, few = fold.train(path), {}
+    before = fingerprint(trained.generator)
+    covariance = torch.cov(trained.u.T)  # (z_dim, z_dim)
     values, directions = torch.linalg.eigh(2 * covariance)
     root = directions * values.clamp(min=0).sqrt()  # L, with L L' = 2 S
     for size in settings.fitted_sizes:
-        data = bench.data(numbers, size)
+        data = fold.data(numbers, size)
         images = (size or int(data.splits["train"].counts.max())) * 2
         fits = {
             "z_only": lambda fit, data=data: _fit_e(
-                bench, data, fit, None, bench.mean_z(), 0
+                trained, data, fit, None, trained.mean_z(), 0
             ),
             "z_prior": lambda fit, data=data, images=images: _fit_e(
-                bench, data, fit, root, None, images
+                trained, data, fit, root, None, images
             ),
         }
         rates = {"z_only": 3e-3, "z_prior": 3e-2}
         few[_name(size)] = {
-            arm: _fitted(bench, data, rates[arm], settings, fits[arm]) for arm in fits
+            arm: _fitted(fold, data, rates[arm], settings, fits[arm]) for arm in fits
         }
         _tell(report, size, few[_name(size)])
-    frozen = {"sha256_before": before, "sha256_after": fingerprint(bench.generator)}
+    frozen = {"sha256_before": before, "sha256_after": fingerprint(trained.generator)}
     return {
         "generator": frozen,
-        "history": history.rows,
+        "history": trained.history.rows,
         "prior": rounded(values.flip(0)),
         "few": few,
     }
 
 
 def _fit_e(
-    bench: Bench,
+    trained: Trained,
     data: TaskImages,
     fit: Fit,
     root: Tensor | None,
@@ -403,9 +403,9 @@ def _fit_e(
     images: int,
 ) -> Weights:
     """Fit z itself, or with a `root` L the e of z = L e under the prior."""
-    generator, tasks = bench.generator, len(data.tasks)
-    first = torch.zeros(bench.setup.z_dim) if start is None else start
-    e = nn.Parameter(first.expand(tasks, -1).clone())
+    fold, generator = trained.fold, trained.generator
+    first = torch.zeros(fold.setup.z_dim) if start is None else start
+    e = nn.Parameter(first.expand(len(data.tasks), -1).clone())
 
     def weights() -> Weights:
         return generator(e if root is None else e @ root.T)
@@ -415,13 +415,13 @@ def _fit_e(
 
     state = nn.ParameterDict({"e": e})
     with frozen(generator):
-        fit_alone(state, weights, [], [e], bench.target, data, fit, penalty=prior)
+        fit_alone(state, weights, [], [e], fold.target, data, fit, penalty=prior)
     with torch.no_grad():
         return weights()
 
 
 def _fitted(
-    bench: Bench,
+    fold: Fold,
     data: TaskImages,
     rate: float,
     settings: Settings,
@@ -430,31 +430,31 @@ def _fitted(
     """An arm at the best of its rates, a factor 3 apart and the first one `rate`."""
 
     def trial(rate: float) -> tuple[float, Weights]:
-        fit = replace(bench.setup.adaptation, rate=rate, z_rate=rate)
-        weights = fit_at(replace(fit, seed=bench.seed + 500))
-        each = rounded(accuracy(bench.target, weights, data, "validation"))
+        fit = replace(fold.setup.adaptation, rate=rate, z_rate=rate)
+        weights = fit_at(replace(fit, seed=fold.seed + 500))
+        each = rounded(accuracy(fold.target, weights, data, "validation"))
         return round(fmean(each), 4), weights
 
     rates = (rate, 3 * rate, 9 * rate)
     chosen = best_rate(rates, trial, settings.most)
-    test = rounded(accuracy(bench.target, chosen.result, data, "test"))
+    test = rounded(accuracy(fold.target, chosen.result, data, "test"))
     return {"rate": chosen.rate, "test": test, "tried": chosen.tried}
 
 
 def _train_trunk(
-    bench: Bench,
+    fold: Fold,
     settings: Settings,
     report: Report,
     path: Path | None,
     episodes: bool = False,
 ) -> tuple[Trunk, dict]:
     """The trunk at the rate that a short run found best, and what its training took."""
-    asked = bench.training_tasks()
+    asked = fold.training_tasks()
     classes = sorted({*asked.positive, *asked.negative})
-    data = bench.images_of(asked)
+    data = fold.images_of(asked)
 
     def run(rate: float, steps: int, path: Path | None) -> tuple[nn.Module, History]:
-        return _run_trunk(bench, data, classes, rate, steps, settings, episodes, path)
+        return _run_trunk(fold, data, classes, rate, steps, settings, episodes, path)
 
     def trial(rate: float) -> tuple[float, None]:
         _, history = run(rate, settings.trial_steps, None)
@@ -465,11 +465,11 @@ def _train_trunk(
     about = {"rate": chosen.rate, "tried": chosen.tried, "classes": len(classes)}
     about |= {"history": history.rows, "sha256": fingerprint(network)}
     report(f"trunk: {history.rows[-1]}")
-    return Trunk(network, bench.images, classes), about
+    return Trunk(network, fold.images, classes), about
 
 
 def _run_trunk(
-    bench: Bench,
+    fold: Fold,
     data: TaskImages,
     classes: list[int],
     rate: float,
@@ -479,23 +479,23 @@ def _run_trunk(
     path: Path | None,
 ) -> tuple[nn.Module, History]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(bench.seed)
-        network = TaskClassifier(bench.setup.channels)
+        torch.manual_seed(fold.seed)
+        network = TaskClassifier(fold.setup.channels)
         outputs = nn.Identity() if episodes else nn.Linear(100, len(classes))
         network.output = outputs
     held_back = _held_back(data, classes)
 
     def loss_at(step: int) -> Tensor:
         if episodes:
-            return _episode_loss(network, bench, data, classes, step, settings)
-        pixels, labels = _draw(bench, data, classes, step, settings.images)
+            return _episode_loss(network, fold, data, classes, step, settings)
+        pixels, labels = _draw(fold, data, classes, step, settings.images)
         return F.cross_entropy(network(pixels), labels)
 
     def look() -> dict[str, float]:
-        return {"validation_accuracy": _look(network, bench, *held_back, episodes)}
+        return {"validation_accuracy": _look(network, fold, *held_back, episodes)}
 
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=rate, weight_decay=bench.setup.training.decay
+        network.parameters(), lr=rate, weight_decay=fold.setup.training.decay
     )
     history = train(
         network,
@@ -511,10 +511,10 @@ def _run_trunk(
 
 
 def _draw(
-    bench: Bench, data: TaskImages, classes: list[int], step: int, count: int
+    fold: Fold, data: TaskImages, classes: list[int], step: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """Training images (count, 3, 32, 32) float of random classes, and places."""
-    random = step_generator(bench.seed, step)
+    random = step_generator(fold.seed, step)
     labels = torch.randint(len(classes), (count,), generator=random)
     return _pictures(data, classes, labels, random), labels
 
@@ -532,7 +532,7 @@ def _pictures(
 
 def _episode_loss(
     network: nn.Module,
-    bench: Bench,
+    fold: Fold,
     data: TaskImages,
     classes: list[int],
     step: int,
@@ -540,7 +540,7 @@ def _episode_loss(
 ) -> Tensor:
     """Episodes of 10 classes, 5 support and 5 query images each; minus the squared
     distances from class means are the logits."""
-    random, way = step_generator(bench.seed, step), min(10, len(classes))
+    random, way = step_generator(fold.seed, step), min(10, len(classes))
     losses = []
     for _ in range(max(settings.images // (way * 10), 1)):
         labels = torch.randperm(len(classes), generator=random)[:way]
@@ -562,10 +562,10 @@ def _held_back(data: TaskImages, classes: list[int]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _look(
-    network: nn.Module, bench: Bench, pixels: Tensor, labels: Tensor, episodes: bool
+    network: nn.Module, fold: Fold, pixels: Tensor, labels: Tensor, episodes: bool
 ) -> float:
     """Validation accuracy; after episodes by the nearest mean of half of the images."""
-    images = bench.images
+    images = fold.images
     parts = (normalise(part, images.mean, images.std) for part in pixels.split(500))
     outputs = torch.cat([network(part) for part in parts])
     if not episodes:
