@@ -2,6 +2,8 @@
 on images no training saw.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,7 @@ from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.seeds import step_generator
 from minisupernet.training import History, one_cycle, train
 
-__all__ = ["Pictures", "fit", "settle_norms", "signals"]
+__all__ = ["Pictures", "accuracy", "fit", "settle_norms", "signals"]
 
 
 class Pictures:
@@ -65,29 +67,37 @@ class Pictures:
             normalise(pixels, self.images.mean, self.images.std), self.pool
         )
 
-    @torch.no_grad()
     def accuracy(self, network: nn.Module, part: str) -> float:
         """Share of the "validation" or "test" images that the network gets right, in
         evaluation mode.
         """
-        rows = (
-            self.validation
-            if part == "validation"
-            else self.test.to(self.images.device)
-        )
-        own = "train" if part == "validation" else "test"
-        pixels, labels = (
-            getattr(self.images, f"{own}_images"),
-            getattr(self.images, f"{own}_labels"),
-        )
-        before = network.training
-        network.eval()
-        right = sum(
-            (network(self.prepare(pixels[r])).argmax(1) == labels[r]).sum().item()
-            for r in rows.split(500)
-        )
-        network.train(before)
-        return right / len(rows)
+        rows = self.validation if part == "validation" else self.test
+        rows, own = rows.to(self.images.device), "test" if part == "test" else "train"
+        pixels = getattr(self.images, f"{own}_images")[rows]
+        labels = getattr(self.images, f"{own}_labels")[rows]
+        return accuracy(network, self.prepare, pixels, labels)
+
+
+@torch.no_grad()
+def accuracy(
+    network: nn.Module,
+    prepare: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    labels: Tensor,
+) -> float:
+    """Share of images that a classifier gets right, in evaluation mode, 500 at a time.
+
+    Args:
+        network: prepared images to logits (B, classes).
+        prepare: images (B, 3, H, W) uint8 to what the network reads.
+        pixels: (N, 3, H, W) uint8; `labels` (N,).
+    """
+    before, right = network.training, 0
+    network.eval()
+    for some, truth in zip(pixels.split(500), labels.split(500), strict=True):
+        right += (network(prepare(some)).argmax(1) == truth).sum().item()
+    network.train(before)
+    return right / len(labels)
 
 
 def fit(

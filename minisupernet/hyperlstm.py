@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.errors import RecurrentError
-from minisupernet.fast.hyperlstm import hyper_sequence
+from minisupernet.fast.hyperlstm import HyperInputs, hyper_sequence
 from minisupernet.recurrent import (
     LSTMUpdate,
     Recurrent,
@@ -267,48 +267,31 @@ class HyperLSTMCell(_HyperCell):
         if not self.update.layer_norm:
             return super().run(prepared, state)
         heads, dropout = self.heads, self.update.dropout * self.training
-        outputs, *last = hyper_sequence(
+        inputs = HyperInputs(
             *prepared,
             *state,
             self.hidden_weight,
             self.hyper_hidden_weight,
-            heads.z_weight,
-            heads.z_bias,
-            heads.weight,
-            heads.base,
+            *heads.parameters(),
             *self.hyper_update.affine(),
             *self.update.affine(),
-            dropout,
-            self.delayed,
         )
+        outputs, *last = hyper_sequence(inputs, dropout, self.delayed)
         return outputs, HyperState(outputs[-1], *last)
 
 
 class HyperLSTM(Recurrent):
-    """`HyperLSTMCell` run over a sequence, in `num_layers` layers; the interface is
-    nn.LSTM's.
+    """`HyperLSTMCell` run over a sequence, with nn.LSTM's arguments and the keywords of
+    the cell.
 
-    The state is a `HyperState`, each tensor (layers, B, size); `settings` are the
-    keywords of `HyperLSTMCell`.
+    What differs from nn.LSTM: the state is a `HyperState` of four tensors, (layers, B,
+    size) each, so write `outputs, state = network(x)`, then `state.h` and `state.c`.
     """
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        batch_first: bool = False,
-        **settings,
+        self, input_size: int, hidden_size: int, *arguments: int, **settings: float
     ) -> None:
-        widths = [input_size] + [hidden_size] * (num_layers - 1)
-        super().__init__(
-            [
-                HyperLSTMCell(width, hidden_size, **settings)
-                for width in widths[:num_layers]
-            ],
-            batch_first,
-        )
+        super().__init__(HyperLSTMCell, input_size, hidden_size, *arguments, **settings)
 
     def forward(
         self, x: Tensor, state: State | None = None

@@ -4,7 +4,7 @@ steps with nn.LSTM's interface.
 Also the baseline of chapter 4, an LSTM with layer normalisation.
 """
 
-from collections.abc import Sequence
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -150,38 +150,75 @@ class RecurrentCell(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Cells stacked in layers and run over a sequence, with the interface of nn.LSTM.
+    """Cells stacked in layers and run over a sequence, in place of nn.LSTM.
 
     Inputs (T, B, input_size) to outputs (T, B, H) and the last state; with
     `batch_first` (B, T, ...) for both. Each tensor of a state has shape (layers, B,
-    size). A state given back as the next call's goes on as one long sequence.
+    size); how many there are, and of which sizes, is the cell's to say. A state given
+    back as the next call's goes on as one long sequence.
+
+    Args:
+        cell: the class of the cells; `settings` are its keywords.
+        dropout: between layers, in training mode, as in nn.LSTM.
+        bias, bidirectional, proj_size: nn.LSTM's; only their defaults can be had.
 
     Raises:
-        RecurrentError: for a packed sequence, and where an input or a state does not
-            fit.
+        RecurrentError: for what can't be had, for a packed sequence, and where an input
+            or a state does not fit.
     """
 
     def __init__(
-        self, cells: Sequence[RecurrentCell], batch_first: bool = False
+        self,
+        cell: type[RecurrentCell],
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: float | bool,
     ) -> None:
         super().__init__()
-        if not cells:
+        name = type(self).__name__
+        for option, given in (("bias", not bias), ("bidirectional", bidirectional)):
+            if given:
+                value = option != "bias"
+                raise RecurrentError(f"{name} has no {option}={value}; leave it out.")
+        if proj_size:
+            raise RecurrentError(f"{name} has no projection; leave out proj_size.")
+        if not 0 <= dropout < 1:
+            raise RecurrentError(f"dropout must be from 0 to below 1, not {dropout}.")
+        if num_layers < 1:
             raise RecurrentError("num_layers must be a whole number from 1.")
-        self.cells, self.batch_first = nn.ModuleList(cells), batch_first
+        known = inspect.signature(cell).parameters
+        if unknown := sorted(settings.keys() - known.keys()):
+            raise RecurrentError(
+                f"{name} has no {unknown[0]}; it takes nn.LSTM's arguments and"
+                f" {', '.join(list(known)[2:])}."
+            )
+        widths = [input_size, *[hidden_size] * (num_layers - 1)]
+        cells = [cell(width, hidden_size, **settings) for width in widths]
+        self.cells = nn.ModuleList(cells).to(device, dtype)
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.num_layers, self.batch_first = num_layers, batch_first
+        self.dropout = dropout
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         self._check(x, state)
         x = x.transpose(0, 1) if self.batch_first else x  # (T, B, input_size)
         last = []
         for layer, cell in enumerate(self.cells):
-            x, now = cell.run(
-                cell.prepare(x),
-                cell.check(state and tuple(tensor[layer] for tensor in state), x),
-            )
+            if layer:
+                x = F.dropout(x, self.dropout, self.training)
+            own = None if state is None else tuple(tensor[layer] for tensor in state)
+            x, now = cell.run(cell.prepare(x), cell.check(own, x))
             last.append(now)
-        return (x.transpose(0, 1) if self.batch_first else x), tuple(
-            map(torch.stack, zip(*last, strict=True))
-        )
+        outputs = x.transpose(0, 1) if self.batch_first else x
+        return outputs, tuple(map(torch.stack, zip(*last, strict=True)))
 
     def _check(self, x: Tensor, state: State | None) -> None:
         if isinstance(x, nn.utils.rnn.PackedSequence):
@@ -198,12 +235,15 @@ class Recurrent(nn.Module):
                 f"x must have shape {form}{size}) with T and B from 1, not"
                 f" {tuple(x.shape)}."
             )
-        if state is not None and any(
-            tensor.shape[:1] != (len(self.cells),) for tensor in state
-        ):
+        if state is None:
+            return
+        batch = x.shape[0 if self.batch_first else 1]
+        shapes = [(self.num_layers, batch, size) for size in self.cells[0].sizes]
+        found = [tuple(tensor.shape) for tensor in state]
+        if found != shapes:
             raise RecurrentError(
-                f"each tensor of the state must have shape ({len(self.cells)}, B,"
-                " size)."
+                f"the state must be {len(shapes)} tensors of shapes {shapes}, not"
+                f" {found}; None starts from zeros."
             )
 
 
@@ -240,22 +280,14 @@ class LayerNormLSTMCell(RecurrentCell):
 
 
 class LayerNormLSTM(Recurrent):
-    """`LayerNormLSTMCell` run over a sequence, in `num_layers` layers; the interface is
-    nn.LSTM's.
+    """`LayerNormLSTMCell` run over a sequence, with nn.LSTM's arguments; state (h, c).
+
+    Further keywords are those of the cell.
     """
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        batch_first: bool = False,
-        **settings: float,
+        self, input_size: int, hidden_size: int, *arguments: int, **settings: float
     ) -> None:
-        widths = [input_size] + [hidden_size] * (num_layers - 1)
-        cells = [
-            LayerNormLSTMCell(width, hidden_size, **settings)
-            for width in widths[:num_layers]
-        ]
-        super().__init__(cells, batch_first)
+        super().__init__(
+            LayerNormLSTMCell, input_size, hidden_size, *arguments, **settings
+        )

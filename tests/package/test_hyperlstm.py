@@ -30,6 +30,7 @@ from minisupernet.hyperlstm import (
     ScalingHeads,
 )
 from minisupernet.recurrent import LayerNormLSTM, LayerNormLSTMCell, RecurrentCell
+from minisupernet.training import train
 
 
 def stirred(module: nn.Module) -> nn.Module:
@@ -638,3 +639,122 @@ def test_a_row_classifier_reads_the_rows_from_the_top(squares):
     assert torch.equal(
         seen[0][5, 1], images[1, :, 5, :].T.flatten()
     )  # pixel after pixel
+
+
+def loosened(delayed: bool = False) -> HyperLSTM:
+    """A small layer in float64 whose every weight matters."""
+    torch.manual_seed(0)
+    network = HyperLSTM(3, 4, hyper_size=2, n_z=2, delayed=delayed).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return network
+
+
+def by_steps(network: HyperLSTM, x: torch.Tensor) -> torch.Tensor:
+    cell = network.cells[0]
+    return RecurrentCell.run(cell, cell.prepare(x), cell.check(None, x))[0]
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_the_second_derivative_is_that_of_the_loop(delayed):
+    network, x = loosened(delayed), torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def penalty(run) -> list[torch.Tensor]:
+        network.zero_grad()
+        inputs = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(run(inputs).sum(), inputs, create_graph=True)
+        slope.square().sum().backward()
+        none = torch.zeros(())
+        return [
+            none if p.grad is None else p.grad.clone() for p in network.parameters()
+        ]
+
+    quick = penalty(lambda inputs: network(inputs)[0])
+    plain = penalty(lambda inputs: by_steps(network, inputs))
+    assert sum(each.abs().sum() > 0 for each in plain) > 10
+    for one, other in zip(quick, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_hold_against_differences():
+    network = loosened()
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: network(x)[0], x)
+    assert torch.autograd.gradgradcheck(lambda x: network(x)[0], x)
+
+
+def test_a_second_derivative_through_dropout_is_refused():
+    network = HyperLSTM(3, 4, recurrent_dropout=0.5)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    with pytest.raises(RecurrentError, match="no second derivative in training mode"):
+        torch.autograd.grad(network(x)[0].sum(), x, create_graph=True)
+    network.eval()
+    torch.autograd.grad(network(x)[0].sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("what", ["a weight", "the first state"])
+def test_what_it_kept_may_not_be_overwritten(what):
+    network, x = HyperLSTM(3, 4, hyper_size=2), torch.randn(4, 2, 3)
+    state = [tensor.detach() for tensor in network(x)[1]]
+    outputs = network(x, state)[0]
+    with torch.no_grad():
+        (state[0] if what == "the first state" else network.cells[0].update.gain).mul_(
+            2
+        )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()
+
+
+def test_torch_func_gets_an_error_and_no_wrong_number():
+    network, x = HyperLSTM(3, 4), torch.randn(4, 2, 3)
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: network(x)[0].sum())(x)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: network(x)[0], (x,), (x,))
+
+
+@pytest.mark.parametrize("kind", [HyperLSTM, LayerNormLSTM])
+def test_it_trains_under_autocast(kind):
+    model = CharacterModel(kind(20, 16), 20, 16)
+    read = (torch.arange(200)[:, None] + torch.arange(4)) % 20
+    loss = language_loss(model, read, 20)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    history = train(model, optimizer, loss, 8, mixed=True, every=4)
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"] < 4
+
+
+@pytest.mark.parametrize("kind", [HyperLSTM, LayerNormLSTM])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"bias": False}, "has no bias=False; leave it out"),
+        ({"bidirectional": True}, "has no bidirectional=True; leave it out"),
+        ({"proj_size": 3}, "has no projection; leave out proj_size"),
+        ({"dropout": 1.5}, "dropout must be from 0 to below 1, not 1.5"),
+        ({"hidden": 3}, "has no hidden; it takes nn.LSTM's arguments and"),
+    ],
+)
+def test_an_argument_of_an_lstm_works_or_is_refused_by_name(kind, option, said):
+    with pytest.raises(RecurrentError, match=said):
+        kind(3, 5, **option)
+
+
+@pytest.mark.parametrize("kind", [HyperLSTM, LayerNormLSTM])
+def test_it_takes_the_arguments_of_an_lstm(kind):
+    network = kind(3, 5, 2, True, True, 0.5, dtype=torch.float64, device="cpu")
+    like = nn.LSTM(3, 5, 2, True, True, 0.5)
+    for name in ("input_size", "hidden_size", "num_layers", "batch_first", "dropout"):
+        assert getattr(network, name) == getattr(like, name)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    outputs, state = network(x)
+    assert outputs.shape == (4, 6, 5) and state[0].shape == (2, 4, 5)
+    assert not torch.equal(outputs, network(x)[0])  # dropout between the layers
+    network.eval()
+    assert torch.equal(network(x)[0], network(x)[0])
+
+
+def test_a_state_of_an_lstm_is_refused_with_the_whole_shapes():
+    state = torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
+    shapes = r"4 tensors of shapes \[\(1, 2, 5\), \(1, 2, 5\), \(1, 2, 4\)"
+    with pytest.raises(RecurrentError, match=shapes):
+        HyperLSTM(3, 5, hyper_size=4)(torch.zeros(4, 2, 3), state)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.course.records import fingerprint
-from minisupernet.course.studies.growth_bench import Bench, Settings, conv_net
+from minisupernet.course.studies.growing import Growing, Settings, conv_net
 from minisupernet.course.studies.net2net import (
     choose,
     cost_to_reach,
@@ -792,15 +792,15 @@ def test_the_study_measures_every_arm_at_its_cost(squares):
 
 
 def test_every_way_to_grow_ends_in_the_size_of_the_reference(squares):
-    bench = Bench(squares, 0, TINY)
-    thin, wide = (2, 3, 3), bench.start(TINY.widths, TINY.convolutions).model
+    growing = Growing(squares, 0, TINY)
+    thin, wide = (2, 3, 3), growing.start(TINY.widths, TINY.convolutions).model
     for growth in (widened(0.1), padded(1.0)):
-        model = growth(bench, bench.start(thin, TINY.convolutions)).model
+        model = growth(growing, growing.start(thin, TINY.convolutions)).model
         assert [p.shape for p in model.parameters()] == [
             p.shape for p in wide.parameters()
         ]
-    run = deepened((0, 2))(bench, bench.start(TINY.widths, TINY.convolutions))
-    deep = bench.start(TINY.widths, (3, 1, 2)).model
+    run = deepened((0, 2))(growing, growing.start(TINY.widths, TINY.convolutions))
+    deep = growing.start(TINY.widths, (3, 1, 2)).model
     kernels = [
         [
             module.weight.shape
@@ -813,22 +813,22 @@ def test_every_way_to_grow_ends_in_the_size_of_the_reference(squares):
 
 
 def test_flops_are_those_counted_by_hand(squares):
-    bench = Bench(squares, 0, TINY)
+    growing = Growing(squares, 0, TINY)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))
     assert (
-        bench._step_flops(model) == 2 * 2 * 8 * 3072 * 5
+        growing._step_flops(model) == 2 * 2 * 8 * 3072 * 5
     )  # a forward pass, and the gradient in the weights
 
 
 def test_the_rate_falls_as_stated(squares):
-    bench = Bench(squares, 0, TINY)
-    assert [bench.factor(step, "early") for step in (0, 5, 6, 11)] == [
+    growing = Growing(squares, 0, TINY)
+    assert [growing.factor(step, "early") for step in (0, 5, 6, 11)] == [
         1.0,
         1.0,
         0.1,
         0.1,
     ]
-    assert [bench.factor(step, "late") for step in (0, 6, 9, 10, 11)] == [
+    assert [growing.factor(step, "late") for step in (0, 6, 9, 10, 11)] == [
         1.0,
         1.0,
         1.0,

@@ -156,6 +156,19 @@ def test_a_grid_and_a_list_are_expanded_and_doubles_count_once(tmp_path):
         ("fixed: {1: 1}", "parameter name 1 is no text"),
         ("fixed: {seed: !!python/name:os.system }", "is no YAML"),
         ("summary: {values: 3}", "'summary' must be like"),
+        ("summary: {value: [seconds]}", "'value'; did you mean 'values'?"),
+        (
+            "{grid: {z_dim: [1, 2]}, summary: {by: zdim}}",
+            "no run has the parameter 'zdim' to sum up by; did you mean 'z_dim'?",
+        ),
+        ("grid: {seed: [0], z_dim: [4], seed: [2]}", "line 1: 'seed' stands twice"),
+        ("fixed: {seed: 0}\nfixed: {seed: 1}", "'fixed' stands twice in one set"),
+        (
+            "{list: [{seed: 0}], grid: {seed: [1, 2]}}",
+            "seed is in 'list' and in 'grid'",
+        ),
+        ("fixed: {seed: -1}", "parameter seed must be a whole number from 0 to"),
+        ("fixed: {seed: 99999999999}", "parameter seed must be a whole number"),
     ],
 )
 def test_a_file_that_describes_no_sweep_is_one_sentence(tmp_path, text, said):
@@ -166,6 +179,14 @@ def test_a_file_that_describes_no_sweep_is_one_sentence(tmp_path, text, said):
     assert "\n" not in str(refusal.value)
     with pytest.raises(RunError, match="cannot be read .*; check the path"):
         read_sweep(tmp_path / "missing.yaml")
+
+
+def test_a_value_that_no_run_will_have_is_told_before_any_runs(tmp_path):
+    fixed = {"experiment": 1, "setup": "better", "profile": "quick"}
+    summary = {"values": ["arms.z_onli.test"], "by": "setup"}
+    sweep = read_sweep(write_sweep(tmp_path, fixed=fixed, summary=summary))
+    with pytest.raises(RunError, match="no value 'arms.z_onli.test'; did you mean"):
+        tasks_of(sweep, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +200,16 @@ def test_a_file_that_describes_no_sweep_is_one_sentence(tmp_path, text, said):
             "no set-up 'run_experiment'; use one of original, better",
         ),
         ({"experiment": 1, "sed": 1}, "there is no setting 'sed'"),
+        ({"experiment": 1, "z_dim": 0}, "z_dim must be 1 or more, not 0"),
+        ({"experiment": 1, "folds": 1}, "folds must be 2 or more, not 1"),
+        ({"experiment": 1, "channels": -3}, "channels must be 1 or more, not -3"),
+        ({"experiment": 1, "hidden": [4, 0]}, "hidden must be 1 or more, not 0"),
+        ({"experiment": 1, "training.steps": 0}, "training.steps must be 1 or more"),
+        ({"experiment": 1, "adaptation.images": 0}, "adaptation.images must be 1"),
+        ({"experiment": 1, "training.rate": -1.0}, "training.rate must be above 0"),
+        ({"experiment": 1, "rates.z_only": [0.0]}, "rates.z_only must be above 0"),
+        ({"experiment": 1, "rates.z_only": []}, "rates.z_only needs at least one"),
+        ({"experiment": 1, "z_share": 1.5}, "z_share must be from 0 to 1, not 1.5"),
         (
             {"experiment": 1, "z_dims": 1},
             "there is no setting 'z_dims'; did you mean 'z_dim'?",
@@ -289,25 +320,27 @@ def test_the_code_that_matters_is_what_is_imported():
         for path in code_used(["course.studies.arms"], package)
     }
     assert {
-        "experiments.py",
+        "course/studies/arms.py",
         "supernet.py",
         "target.py",
-        "shapes.py",
+        "data/shapes.py",
+        "data/__init__.py",
         "training.py",
-        "__init__.py",
     } <= used
     assert not used & {
-        "sweeps.py",
-        "workers.py",
+        "course/runs/sweeps.py",
+        "course/runs/workers.py",
         "__main__.py",
-        "plots.py",
+        "course/plots.py",
         "hyperlstm.py",
     }
     study = {
         path.relative_to(package).as_posix()
         for path in code_used(["course.studies", "course.studies.hyperlstm"], package)
     }
-    assert {"studies/__init__.py", "studies/hyperlstm.py", "hyperlstm.py"} <= study
+    assert {f"course/studies/{name}.py" for name in ("__init__", "hyperlstm")} | {
+        "hyperlstm.py"
+    } <= study
 
 
 def test_inputs_follow_parameters_and_the_content_of_images_but_not_their_place(

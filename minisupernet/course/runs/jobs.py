@@ -37,6 +37,10 @@ class Job:
         """Raise a RunError where this run cannot start."""
         raise NotImplementedError
 
+    def check_value(self, value: str) -> None:
+        """Raise a RunError where it is known that the result will have no such value,
+        written as "arms.z_only.test"."""
+
     def inputs(self) -> str:
         """A sha256 over all that decides the result: code, parameters, images,
         versions.
@@ -147,11 +151,27 @@ class ExperimentJob(Job):
         does not exist.
         """
         setup, fold = self._setup(), self._own()["fold"]
+        setup.check()
         if fold is not None and not 0 <= fold < setup.folds:
             raise RunError(
                 f"experiment {self.what} has no fold {fold}; use 0 to"
                 f" {setup.folds - 1}."
             )
+
+    def check_value(self, value: str) -> None:
+        """Raise a RunError for an arm, a size or a measure that the set-up has not."""
+        setup, measures = self._setup(), ("test", "validation", "validation_each")
+        known = {f"arms.{arm}.{each}" for arm in setup.rates for each in measures}
+        known |= {"arms.no_adaptation.test", "arms.other_z.test", "arms.unfrozen.test"}
+        known |= {
+            f"few.{size}.{arm}.{each}"
+            for size in setup.sizes
+            for arm in setup.few_rates
+            for each in measures
+        }
+        if value.startswith(("arms.", "few.")) and value not in known:
+            near = suggestion(value, known)
+            raise RunError(f"a run of {setup.name} has no value '{value}'{near}")
 
     def inputs(self) -> str:
         """A sha256 over the code of the experiments, the parameters, the images and

@@ -13,6 +13,7 @@ from minisupernet.errors import RunError
 
 __all__ = ["override", "plain", "read_word", "suggestion"]
 
+LARGEST_SEED = 2**31 - 1
 NOT_OVERRIDDEN = {
     "name",
     "experiment",
@@ -44,6 +45,10 @@ def plain(name: str, value: Any) -> Any:
         raise RunError(
             f"parameter {name} must be text, a finite number, true or false, or a list"
             " of these."
+        )
+    if name == "seed" and type(value) is int and not 0 <= value <= LARGEST_SEED:
+        raise RunError(
+            f"parameter seed must be a whole number from 0 to {LARGEST_SEED}."
         )
     return value
 

@@ -71,50 +71,66 @@ def read_sweep(path: str | Path) -> Sweep:
         RunError: where the file is missing, is no YAML, or is not of the form above.
     """
     document = _read_yaml(Path(path))
-    keys = {"fixed": dict, "grid": dict, "list": list, "summary": dict}
-    for key, value in document.items():
-        if key not in keys:
-            raise RunError(
-                f"{path} has the unknown entry '{key}'{suggestion(str(key), keys)}"
-            )
-        if not isinstance(value, keys[key]):
-            raise RunError(
-                f"{path}: '{key}' must be a {keys[key].__name__}, not"
-                f" {type(value).__name__}."
-            )
+    _check_entries(path, document)
     grid = {
         name: value if isinstance(value, list) else [value]
         for name, value in document.get("grid", {}).items()
     }
-    chosen = document.get("list", [{}])
-    if not all(isinstance(each, dict) for each in chosen):
-        raise RunError(
-            f"{path}: each entry of 'list' must be a set of parameters, as in {{seed:"
-            " 0}."
-        )
+    fixed, chosen = document.get("fixed", {}), document.get("list", [{}])
     if not 0 < (count := len(chosen) * math.prod(map(len, grid.values()))) <= MOST_RUNS:
         raise RunError(
             f"{path} describes {count} runs; a sweep has 1 to {MOST_RUNS:,}."
         )
     runs = {}
     for each, values in itertools.product(chosen, itertools.product(*grid.values())):
-        run = document.get("fixed", {}) | each | dict(zip(grid, values, strict=True))
+        run = fixed | each | dict(zip(grid, values, strict=True))
         run = {_name(path, name): plain(name, value) for name, value in run.items()}
         runs[repr(sorted(run.items()))] = run
     summary = document.get("summary", {})
-    values, by = (
-        summary.get("values", ["seconds"]),
-        summary.get("by", next(iter(grid), "seed")),
+    values = summary.get("values", ["seconds"])
+    by = summary.get("by", next(iter(grid), "seed"))
+    _check_summary(
+        path, summary, values, by, {name for run in runs.values() for name in run}
     )
-    if not (
-        isinstance(values, list)
-        and values
-        and all(isinstance(each, str) for each in [*values, by])
-    ):
+    return Sweep(tuple(runs.values()), tuple(values), by)
+
+
+def _check_entries(path: str | Path, document: dict) -> None:
+    """Refuse an entry that is not known, of another kind, or that another overrules."""
+    keys = {"fixed": dict, "grid": dict, "list": list, "summary": dict}
+    for key, value in document.items():
+        if key not in keys:
+            near = suggestion(str(key), keys)
+            raise RunError(f"{path} has the unknown entry '{key}'{near}")
+        if not isinstance(value, keys[key]):
+            wanted, found = keys[key].__name__, type(value).__name__
+            raise RunError(f"{path}: '{key}' must be a {wanted}, not {found}.")
+    chosen = document.get("list", [])
+    if not all(isinstance(each, dict) for each in chosen):
+        raise RunError(
+            f"{path}: each entry of 'list' must be a set of parameters, as in {{seed:"
+            " 0}."
+        )
+    listed = {name for each in chosen for name in each}
+    if both := sorted(map(str, listed & document.get("grid", {}).keys())):
+        raise RunError(f"{path}: {both[0]} is in 'list' and in 'grid'; leave one out.")
+
+
+def _check_summary(
+    path: str | Path, summary: dict, values: object, by: object, known: set[str]
+) -> None:
+    """Refuse a summary that no run could fill."""
+    texts = [*values, by] if isinstance(values, list) else []
+    if not (texts[1:] and all(isinstance(each, str) for each in texts)):
         raise RunError(
             f"{path}: 'summary' must be like {{values: [arms.z_only.test], by: seed}}."
         )
-    return Sweep(tuple(runs.values()), tuple(values), by)
+    for name in summary.keys() - {"values", "by"}:
+        near = suggestion(str(name), ("values", "by"))
+        raise RunError(f"{path}: 'summary' has the unknown entry '{name}'{near}")
+    if "by" in summary and by not in known:
+        near = suggestion(by, known)
+        raise RunError(f"{path}: no run has the parameter '{by}' to sum up by{near}")
 
 
 def tasks_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Task]:
@@ -127,6 +143,8 @@ def tasks_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Task]:
     tasks = []
     for settings in sweep.runs:
         job = make_job(settings, root)
+        for value in sweep.values:
+            job.check_value(value)
         if to_record:
             job.record()
         inputs = job.inputs()
@@ -260,7 +278,9 @@ def _read_yaml(path: Path) -> dict:
             "a sweep needs PyYAML; run `python -m pip install pyyaml`."
         ) from error
     try:
-        document = yaml.safe_load(path.read_bytes())
+        document = yaml.load(path.read_bytes(), _loader(path))
+    except RunError:
+        raise
     except OSError as error:
         raise RunError(
             f"the sweep {path} cannot be read ({error.strerror}); check the path."
@@ -270,6 +290,26 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(document, dict):
         raise RunError(f"{path} must have entries such as 'fixed' and 'grid'.")
     return document
+
+
+def _loader(path: Path) -> type:
+    """YAML's safe loader, which takes the last of two equal keys: here it refuses."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            line = node.start_mark.line + 1
+            raise RunError(
+                f"{path}: '{twice[0]}' stands twice in the set at line {line}."
+            )
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    return Loader
 
 
 def _name(path: str | Path, name: Any) -> str:

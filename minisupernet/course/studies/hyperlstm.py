@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisupernet.classification import accuracy
+from minisupernet.course.studies.rates import best_rate
 from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.data.text import (
     CharacterModel,
@@ -181,6 +183,9 @@ def image_task(images: ImageSet, settings: Settings) -> Task:
     ).to(images.device)
     kept, held_back = order[settings.held_back :], order[: settings.held_back]
 
+    def prepare(pictures: Tensor) -> Tensor:
+        return normalise(pictures, images.mean, images.std)
+
     def loss(network: nn.Module, seed: int) -> Callable[[int], Tensor]:
         def loss_at(step: int) -> Tensor:
             draw = step_generator(seed, step)
@@ -190,10 +195,8 @@ def image_task(images: ImageSet, settings: Settings) -> Task:
                 )
             ]
             pictures = augment(images.train_images[chosen], draw, crop=0)
-            return F.cross_entropy(
-                network(normalise(pictures, images.mean, images.std)),
-                images.train_labels[chosen],
-            )
+            logits = network(prepare(pictures))
+            return F.cross_entropy(logits, images.train_labels[chosen])
 
         return loss_at
 
@@ -202,30 +205,13 @@ def image_task(images: ImageSet, settings: Settings) -> Task:
             make_recurrent(model, 96, hidden, settings), images.classes, hidden
         ),
         loss,
-        lambda net: row_accuracy(
-            net, images, images.train_images[held_back], images.train_labels[held_back]
+        lambda net: accuracy(
+            net, prepare, images.train_images[held_back], images.train_labels[held_back]
         ),
-        lambda net: row_accuracy(net, images, images.test_images, images.test_labels),
+        lambda net: accuracy(net, prepare, images.test_images, images.test_labels),
         settings.image_steps,
         1,
     )
-
-
-@torch.no_grad()
-def row_accuracy(
-    network: nn.Module, images: ImageSet, pictures: Tensor, labels: Tensor
-) -> float:
-    """The share of pictures (N, 3, 32, 32) uint8 that the network gets right; `images`
-    gives mean and deviation.
-    """
-    right = 0
-    for some, truth in zip(pictures.split(500), labels.split(500), strict=True):
-        right += (
-            (network(normalise(some, images.mean, images.std)).argmax(1) == truth)
-            .sum()
-            .item()
-        )
-    return right / len(labels)
 
 
 def fit(
@@ -285,13 +271,19 @@ def measure_model(
     """Try the rates in short runs, train at the one best on validation data, and test
     that network once.
     """
-    short, tried = math.ceil(settings.trial * task.steps), []
-    for rate in settings.rates:
+    short = math.ceil(settings.trial * task.steps)
+
+    def trial(rate: float) -> tuple[float, None]:
         _, history = fit(task, model, hidden, rate, short, seed, settings, device)
-        tried.append({"rate": rate, "validation": round(history.last("validation"), 4)})
-    rate = max(tried, key=lambda each: task.sign * each["validation"])["rate"]
+        return task.sign * round(history.last("validation"), 4), None
+
+    chosen = best_rate(settings.rates, trial)
+    tried = [
+        {"rate": each["rate"], "validation": task.sign * each["validation"]}
+        for each in chosen.tried
+    ]
     return {"hidden": hidden, "tried": tried} | final_run(
-        task, model, hidden, rate, task.steps, seed, settings, device
+        task, model, hidden, chosen.rate, task.steps, seed, settings, device
     )
 
 

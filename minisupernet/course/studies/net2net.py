@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 from torch import nn
 
-from minisupernet.course.studies.growth_bench import Bench, Growth, Run, Settings
+from minisupernet.course.studies.growing import Growing, Growth, Run, Settings
 from minisupernet.data import ImageSet
 from minisupernet.net2net import Widening, deepen, insert_random, pad, widen
 
@@ -43,17 +43,21 @@ def widened(noise: float) -> Growth:
     memory grows along.
     """
 
-    def growth(bench: Bench, run: Run) -> Run:
+    def growth(growing: Growing, run: Run) -> Run:
         for number, (name, width) in enumerate(
-            _widths(run.model).items(), 1000 * bench.seed
+            _widths(run.model).items(), 1000 * growing.seed
         ):
             plan = Widening.of(
-                run.model, name, bench.settings.factor * width, seed=number
+                run.model, name, growing.settings.factor * width, seed=number
             )
             model = widen(
-                run.model, name, bench.settings.factor * width, noise=noise, seed=number
+                run.model,
+                name,
+                growing.settings.factor * width,
+                noise=noise,
+                seed=number,
             )
-            run = bench.grow(run, model, plan)
+            run = growing.grow(run, model, plan)
         return run
 
     return growth
@@ -64,18 +68,18 @@ def padded(outgoing: float) -> Growth:
     are scaled by `outgoing`.
     """
 
-    def growth(bench: Bench, run: Run) -> Run:
+    def growth(growing: Growing, run: Run) -> Run:
         for number, (name, width) in enumerate(
-            _widths(run.model).items(), 1000 * bench.seed
+            _widths(run.model).items(), 1000 * growing.seed
         ):
             model = pad(
                 run.model,
                 name,
-                bench.settings.factor * width,
+                growing.settings.factor * width,
                 outgoing=outgoing,
                 seed=number,
             )
-            run = bench.grow(run, model)
+            run = growing.grow(run, model)
         return run
 
     return growth
@@ -86,17 +90,17 @@ def deepened(stages: Sequence[int], identity: bool = True) -> Growth:
     stages.
     """
 
-    def growth(bench: Bench, run: Run) -> Run:
+    def growth(growing: Growing, run: Run) -> Run:
         for stage in stages:
             after = _stage_ends(run.model)[stage]
             if identity:
-                model = deepen(run.model, after, statistics=bench.statistics)
+                model = deepen(run.model, after, statistics=growing.statistics)
             else:
-                number = 1000 * bench.seed + len(
+                number = 1000 * growing.seed + len(
                     _widths(run.model)
                 )  # random weights of its own for each new layer
                 model = insert_random(run.model, after, batch_norm=True, seed=number)
-            run = bench.grow(run, model)
+            run = growing.grow(run, model)
         return run
 
     return growth
@@ -152,10 +156,10 @@ def measure(
         profile: "quick" or "full"; `settings` takes its place where given.
     """
     amount = settings or (QUICK if profile == "quick" else Settings())
-    bench = Bench(images, seed, amount)
+    growing = Growing(images, seed, amount)
     shapes = _shapes(amount)
     first = {
-        name: bench.train(bench.start(*shape), amount.first, "early")
+        name: growing.train(growing.start(*shape), amount.first, "early")
         for name, shape in shapes.items()
     }
     report("teachers and references trained to the point of growth")
@@ -173,13 +177,13 @@ def measure(
     phases = {phase: {} for phase in plans}
     for schedule in SCHEDULES:
         going_on = {
-            name: bench.summary(bench.grown(run, [], schedule))
+            name: growing.summary(growing.grown(run, [], schedule))
             for name, run in first.items()
         }
         for phase, (teacher, reference, arms) in plans.items():
             runs = {"teacher": going_on[teacher], "scratch": going_on[reference]}
             runs |= {
-                arm: bench.summary(bench.grown(first[teacher], growths, schedule))
+                arm: growing.summary(growing.grown(first[teacher], growths, schedule))
                 for arm, growths in arms.items()
             }
             for arm, found in runs.items():

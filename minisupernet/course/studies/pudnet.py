@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from minisupernet.course.records import rounded
 from minisupernet.course.studies.pudnet_fits import (
@@ -18,6 +19,7 @@ from minisupernet.course.studies.pudnet_fits import (
     kept_for_training,
     measure_fits,
 )
+from minisupernet.course.studies.rates import best_rate
 from minisupernet.data import ImageSet, load
 from minisupernet.data.cifar import CIFAR_FOLDERS
 from minisupernet.data.episodes import Batch, Episodes, Shape
@@ -81,66 +83,77 @@ def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) ->
     for JSON.
     """
     training, validation, unseen, pairs = class_split(images, seed)
-    arms = {}
+    arms: dict[str, Trained] = {}
     for arm in ("pudnet", "no_auxiliary", "one_network"):
-        rates = (
-            (arms["pudnet"].record["rate"],) if arm == "no_auxiliary" else budget.rates
-        )
-        arms[arm] = train_learner(
-            arm, images, training, validation, rates, budget, seed
-        )
-        report(
-            f"{arm}: {arms[arm].record['seconds']:.0f} s at rate"
-            f" {arms[arm].record['rate']:g}"
-        )
+        rates = budget.rates
+        if arm == "no_auxiliary":
+            rates = (arms["pudnet"].record["rate"],)
+        split = (images, training, validation, rates, budget, seed)
+        arms[arm] = train_learner(arm, *split)
+        record = arms[arm].record
+        report(f"{arm}: {record['seconds']:.0f} s at rate {record['rate']:g}")
     learners = {arm: trained.learner for arm, trained in arms.items()}
     learners["untrained"] = _new_learner("pudnet", images, seed)
     for learner in learners.values():
         # from here on every dataset is compared with the average of training
         learner.eval()
-    places, notes = _places(images, training, unseen, budget.supports)
-    accuracies = {}
-    for name, (episodes, way, support) in places.items():
-        accuracies[name] = _episode_accuracies(
-            learners, episodes, Shape(way, support, budget.query), budget, seed
-        )
-        report(
-            f"{name}: "
-            + ", ".join(
-                f"{arm} {sum(v) / len(v):.3f}" for arm, v in accuracies[name].items()
-            )
-        )
-    binary = Episodes(images, unseen, test=True).whole(
-        [pair for _, pair in pairs], kept_for_training(images)
-    )
+    split = (images, training, unseen, budget, seed, report)
+    episodes, notes = _everywhere(learners, *split)
+    new = Episodes(images, unseen, test=True)
     return {
         "settings": asdict(budget),
         "classes": {"training": training, "validation": validation, "unseen": unseen},
-        "parameters": (
-            {
-                arm: sum(p.numel() for p in learner.generator.parameters())
-                for arm, learner in learners.items()
-            }
-            | {"target": learners["pudnet"].generator.spec.size}
-        ),
+        "parameters": _sizes(learners),
         "training": {arm: trained.record for arm, trained in arms.items()},
-        "episodes": accuracies,
+        "episodes": episodes,
         "notes": notes,
-        "pairs": (
-            {
-                "numbers": [number for number, _ in pairs],
-                "support_per_class": kept_for_training(images),
-            }
-            | {
-                arm: rounded(learner.accuracy(binary))
-                for arm, learner in learners.items()
-            }
-        ),
+        "pairs": _on_pairs(learners, new, pairs, kept_for_training(images)),
         "datasets": measure_fits(learners, images, unseen, budget.fits, seed, report),
-        "sketches": measure_sketches(
-            learners, images, Episodes(images, unseen, test=True), seed
-        ),
+        "sketches": measure_sketches(learners, images, new, seed),
     }
+
+
+def _everywhere(
+    learners: dict[str, Learner],
+    images: ImageSet,
+    training: list[int],
+    unseen: list[int],
+    budget: Budget,
+    seed: int,
+    report: Report,
+) -> tuple[dict[str, dict[str, list[float]]], list[str]]:
+    """Accuracy of every arm on the episodes of every place, and notes on the places."""
+    places, notes = _places(images, training, unseen, budget.supports)
+    found = {}
+    for name, (episodes, way, support) in places.items():
+        shape = Shape(way, support, budget.query)
+        found[name] = _episode_accuracies(learners, episodes, shape, budget, seed)
+        means = (f"{arm} {sum(v) / len(v):.3f}" for arm, v in found[name].items())
+        report(f"{name}: {', '.join(means)}")
+    return found, notes
+
+
+def _sizes(learners: dict[str, Learner]) -> dict[str, int]:
+    """Parameters of every arm's generator, and weights of the target."""
+    generators = {arm: learner.generator for arm, learner in learners.items()}
+    sizes = {
+        arm: sum(parameter.numel() for parameter in generator.parameters())
+        for arm, generator in generators.items()
+    }
+    return {**sizes, "target": generators["pudnet"].spec.size}
+
+
+def _on_pairs(
+    learners: dict[str, Learner],
+    unseen: Episodes,
+    pairs: list[tuple[int, list[int]]],
+    support: int,
+) -> dict:
+    """Accuracy of every arm on experiment 2's held-out pairs."""
+    binary = unseen.whole([pair for _, pair in pairs], support)
+    about = {"numbers": [number for number, _ in pairs], "support_per_class": support}
+    arms = {arm: rounded(learner.accuracy(binary)) for arm, learner in learners.items()}
+    return about | arms
 
 
 def class_split(
@@ -193,21 +206,20 @@ def train_learner(
         Episodes(images, training, flip=True),
         Episodes(images, validation),
     )
-    way = min(5, len(validation))
-    checks = [
-        unmet.draw(step, seed + 7_000, Shape(way, 5, budget.query), 20)
-        for step in range(2)
-    ]
+    shape = Shape(min(5, len(validation)), 5, budget.query)
+    checks = [unmet.draw(step, seed + 7_000, shape, 20) for step in range(2)]
 
     def run(rate: float, steps: int) -> tuple[Learner, History]:
         learner = _new_learner(arm, images, seed)
         optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, fused=True)
+
+        def loss_at(step: int) -> Tensor:
+            return learner.loss(episodes.draw(step, seed, budget.shape, budget.tasks))
+
         history = train(
             learner,
             optimizer,
-            lambda step: learner.loss(
-                episodes.draw(step, seed, budget.shape, budget.tasks)
-            ),
+            loss_at,
             steps,
             schedule=one_cycle,
             every=max(steps // 4, 1),
@@ -216,26 +228,17 @@ def train_learner(
         )
         return learner, history
 
-    tried = []
+    def trial(rate: float) -> tuple[float, None]:
+        _, history = run(rate, budget.trial_steps)
+        return round(history.last("validation_accuracy"), 4), None
+
+    rate, tried = rates[0], []
     if len(rates) > 1:
-        trials = [
-            (rate, run(rate, budget.trial_steps)[1].last("validation_accuracy"))
-            for rate in rates
-        ]
-        tried = [
-            {"rate": rate, "validation": round(value, 4)} for rate, value in trials
-        ]
-    rate = (
-        max(tried, key=lambda each: each["validation"])["rate"] if tried else rates[0]
-    )
+        rate, _, tried = best_rate(rates, trial)
     learner, history = run(rate, budget.steps)
-    rows = [
-        {name: round(value, 4) for name, value in row.items()} for row in history.rows
-    ]
-    return Trained(
-        learner,
-        {"rate": rate, "tried": tried, "seconds": rows[-1]["seconds"], "history": rows},
-    )
+    rows = [{name: round(v, 4) for name, v in row.items()} for row in history.rows]
+    about = {"rate": rate, "tried": tried, "seconds": rows[-1]["seconds"]}
+    return Trained(learner, {**about, "history": rows})
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.course.records import rounded
+from minisupernet.course.studies.rates import best_rate
 from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.data.episodes import Batch, Episodes
 from minisupernet.pudnet import Learner, cosine_logits, prototypes
@@ -104,49 +105,37 @@ class DatasetFits:
         the seconds for one dataset.
         """
         with torch.no_grad():
-            first = prototypes(
-                self._features(weights, self.test.support), self.test.way
-            )
+            features = self._features(weights, self.test.support)
+        first = prototypes(features, self.test.way)
+        places = {name: name.replace(".", "/") for name in weights}
         state = nn.ParameterDict(
             {
-                name.replace(".", "/"): nn.Parameter(w.clone())
-                for name, w in weights.items()
+                place: nn.Parameter(weights[name].clone())
+                for name, place in places.items()
             }
         )
         state["centres"] = nn.Parameter(F.normalize(first, dim=2))
         steps = max(round(epochs * self.members[0].numel() / self.size), 1)
 
         def made() -> Weights:
-            return {name: state[name.replace(".", "/")] for name in weights}
+            return {name: state[place] for name, place in places.items()}
 
         def loss_at(step: int) -> Tensor:
             pixels, labels = self._draw(step)  # (T, B, 3, 32, 32), (T, B)
-            logits = cosine_logits(
-                run_tasks(self.target, made(), pixels), state["centres"], temperature
-            )
-            return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) * len(
-                labels
-            )  # as if each were alone
+            found = run_tasks(self.target, made(), pixels)
+            logits = cosine_logits(found, state["centres"], temperature)
+            mean = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return mean * len(labels)  # as if each were alone
 
         optimizer = torch.optim.AdamW(state.parameters(), lr=rate, fused=True)
         wait_for(self.images.device)
         began = time.perf_counter()
-        train(
-            state,
-            optimizer,
-            loss_at,
-            steps,
-            schedule=one_cycle,
-            every=steps,
-            label="fitting",
-        )
+        settings = {"schedule": one_cycle, "every": steps, "label": "fitting"}
+        train(state, optimizer, loss_at, steps, **settings)
         wait_for(self.images.device)
         seconds = (time.perf_counter() - began) / len(first)
-        return (
-            {name: w.detach() for name, w in made().items()},
-            state["centres"].detach(),
-            seconds,
-        )
+        fitted = {name: own.detach() for name, own in made().items()}
+        return fitted, state["centres"].detach(), seconds
 
     @torch.no_grad()
     def accuracy(self, weights: Weights, centres: Tensor, batch: Batch) -> Tensor:
@@ -195,10 +184,10 @@ def measure_fits(
         for start in range(0, len(order) - way + 1, way)
     ]
     learner = learners["pudnet"]
-    bench = DatasetFits(learner.target, images, datasets, budget.images, seed + 6_000)
+    fits = DatasetFits(learner.target, images, datasets, budget.images, seed + 6_000)
     found: dict = {
         "classes": datasets,
-        "train_per_class": bench.support,
+        "train_per_class": fits.support,
         "predicted": {},
         "few": {},
         "fits": {},
@@ -208,13 +197,13 @@ def measure_fits(
     starts = {"scratch": spec.split(spec.draw(len(datasets), random))}
     for arm in ("pudnet", "one_network", "untrained"):
         for name, few in (("few", budget.few), ("predicted", None)):
-            weights, centres, seconds = bench.predict(learners[arm].generator, few)
-            accuracy = rounded(bench.accuracy(weights, centres, bench.test))
+            weights, centres, seconds = fits.predict(learners[arm].generator, few)
+            accuracy = rounded(fits.accuracy(weights, centres, fits.test))
             found[name][arm] = {"seconds": round(seconds, 5), "accuracy": accuracy}
         starts |= {arm: weights} if arm != "untrained" else {}
     for arm, weights in starts.items():
         found["fits"][arm] = _curve(
-            bench,
+            fits,
             weights,
             budget,
             arm == "scratch",
@@ -229,7 +218,7 @@ def measure_fits(
 
 
 def _curve(
-    bench: DatasetFits,
+    fits: DatasetFits,
     start: Weights,
     budget: FitBudget,
     scratch: bool,
@@ -238,19 +227,18 @@ def _curve(
     """The rate that a short run found best, and the runs of every length at that
     rate.
     """
-    tried, curve = [], []
-    for rate in budget.rates if len(budget.rates) > 1 else ():
-        weights, centres, _ = bench.fit(start, rate, budget.trial_epochs, temperature)
-        value = bench.accuracy(weights, centres, bench.validation).mean().item()
-        tried.append({"rate": rate, "validation": round(value, 4)})
-    rate = (
-        max(tried, key=lambda each: each["validation"])["rate"]
-        if tried
-        else budget.rates[0]
-    )
+
+    def trial(rate: float) -> tuple[float, None]:
+        weights, centres, _ = fits.fit(start, rate, budget.trial_epochs, temperature)
+        value = fits.accuracy(weights, centres, fits.validation).mean().item()
+        return round(value, 4), None
+
+    (rate, *_), tried, curve = budget.rates, [], []
+    if len(budget.rates) > 1:
+        rate, _, tried = best_rate(budget.rates, trial)
     for epochs in budget.epochs if scratch else budget.tuned_epochs:
-        weights, centres, seconds = bench.fit(start, rate, epochs, temperature)
-        accuracy = rounded(bench.accuracy(weights, centres, bench.test))
+        weights, centres, seconds = fits.fit(start, rate, epochs, temperature)
+        accuracy = rounded(fits.accuracy(weights, centres, fits.test))
         curve.append(
             {"epochs": epochs, "seconds": round(seconds, 4), "accuracy": accuracy}
         )

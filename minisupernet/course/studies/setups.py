@@ -2,6 +2,7 @@
 trained on many more tasks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from minisupernet.errors import SetupError
@@ -58,6 +59,35 @@ class Setup:
     folds: int = 5
     sizes: tuple[int, ...] = ()
     few_rates: Rates = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise a SetupError for the first number that is out of its range."""
+        whole = {"z_dim": self.z_dim, "channels": self.channels}
+        for name in ("hidden", "sizes"):
+            whole[name] = min(getattr(self, name), default=1)
+        for name, fit in (("training", self.training), ("adaptation", self.adaptation)):
+            whole |= {f"{name}.{each}": getattr(fit, each) for each in WHOLE}
+            whole[f"{name}.tasks"] = 1 if fit.tasks is None else fit.tasks
+            _above_zero(f"{name}.rate", [fit.rate, fit.z_rate])
+        for name, value in {**whole, "folds": self.folds - 1}.items():
+            if value < 1:
+                least, found = (2, value + 1) if name == "folds" else (1, value)
+                raise SetupError(f"{name} must be {least} or more, not {found}.")
+        for name, rates in (("rates", self.rates), ("few_rates", self.few_rates)):
+            for arm, values in rates.items():
+                _above_zero(f"{name}.{arm}", values)
+        if not 0 <= self.z_share <= 1:
+            raise SetupError(f"z_share must be from 0 to 1, not {self.z_share}.")
+
+
+WHOLE = ("steps", "images", "every")  # of a Fit
+
+
+def _above_zero(name: str, values: Sequence[float]) -> None:
+    if not values:
+        raise SetupError(f"{name} needs at least one rate.")
+    if not min(values) > 0:
+        raise SetupError(f"{name} must be above 0, not {min(values)}.")
 
 
 def original(experiment: int, profile: str = "full") -> Setup:

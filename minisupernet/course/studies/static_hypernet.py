@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.classification import Pictures, fit, settle_norms, signals
+from minisupernet.course.studies.rates import best_rate
 from minisupernet.data import ImageSet
 from minisupernet.errors import TrainingError
 from minisupernet.static_hypernet import (
@@ -238,15 +239,14 @@ def _arm(
     """Choose the rate by short runs on validation images, train, and measure once on
     test images.
     """
-    tried = [
-        {"rate": rate, "validation": _trial(make, pictures, rate, short, seed)}
-        for rate in settings.rates
-    ]
-    rate = max(tried, key=lambda each: each["validation"])["rate"]
+    chosen = best_rate(
+        settings.rates,
+        lambda rate: (_trial(make, pictures, rate, short, seed), None),
+    )
     network, began = _new(make, pictures, seed), time.perf_counter()
     try:
         history, test = (
-            fit(network, pictures, rate, steps, seed, every),
+            fit(network, pictures, chosen.rate, steps, seed, every),
             pictures.accuracy(network, "test"),
         )
     except TrainingError:  # the loss was no longer a number
@@ -258,8 +258,8 @@ def _arm(
     seconds = round(time.perf_counter() - began, 1)
     found = {
         "test": round(test, 4),
-        "rate": rate,
-        "tried": tried,
+        "rate": chosen.rate,
+        "tried": chosen.tried,
         "parameters": parameters,
     }
     return network, {**found, "seconds": seconds, "history": rows}

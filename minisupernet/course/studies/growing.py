@@ -1,5 +1,5 @@
-"""A bench for networks that grow while they train: what they cost, and how accurate
-they are at each cost.
+"""Networks that grow while they train: what they cost, and how accurate they are at
+each cost.
 """
 
 import copy
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from minisupernet.classification import accuracy
 from minisupernet.data import ImageSet, augment, normalise
 from minisupernet.net2net import Widening, carry_over
 from minisupernet.seeds import step_generator
 from minisupernet.training import train
 
-__all__ = ["Bench", "Growth", "Run", "Settings", "conv_net"]
+__all__ = ["Growing", "Growth", "Run", "Settings", "conv_net"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Run:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-class Bench:
+class Growing:
     """Trains, grows and measures networks on one image set with one seed; every network
     sees the same batches.
     """
@@ -113,9 +114,8 @@ class Bench:
             len(images.test_labels), generator=step_generator(0, -2)
         ).to(images.device)
         batch = images.train_images[self.used[: settings.batch]]
-        self.statistics = normalise(
-            batch, images.mean, images.std
-        )  # (batch, 3, 32, 32), for BatchNorm in `deepen`
+        # (batch, 3, 32, 32), for BatchNorm in `deepen`
+        self.statistics = self.prepare(batch)
 
     def start(self, widths: Sequence[int], convolutions: Sequence[int]) -> Run:
         """A new network and its optimiser."""
@@ -186,17 +186,14 @@ class Bench:
             run = self.train(growth(self, run), amount.first + number * apart, schedule)
         return self.train(run, amount.first + amount.second, schedule)
 
-    @torch.no_grad()
     def accuracy(self, model: nn.Module, images: Tensor, labels: Tensor) -> float:
         """The share of images (N, 3, 32, 32) uint8 that the network, in eval mode, puts
-        into their class.
-        """
-        model.eval()
-        pieces = [
-            model(normalise(part, self.images.mean, self.images.std)).argmax(1)
-            for part in images.split(500)
-        ]
-        return round((torch.cat(pieces) == labels).float().mean().item(), 4)
+        into their class."""
+        return round(accuracy(model, self.prepare, images, labels), 4)
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Images (B, 3, 32, 32) uint8 to floats, normalised."""
+        return normalise(pixels, self.images.mean, self.images.std)
 
     def summary(self, run: Run) -> dict:
         """What is recorded of a finished run."""
@@ -257,4 +254,4 @@ class Bench:
         return float(counter.get_total_flops())
 
 
-Growth = Callable[[Bench, Run], Run]  # a run that goes on with a larger network
+Growth = Callable[[Growing, Run], Run]  # a run that goes on with a larger network
