@@ -8,11 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisupernet.course.runs.notebooks import course_notebooks, run_all, writing
-from minisupernet.course.status import status_page
+from minisupernet.course.runs.notebooks import (
+    course_notebooks,
+    environment,
+    stand_in_folder,
+    writing,
+)
+from minisupernet.course.runs.sweeps import run_notebooks
+from minisupernet.course.status import NOTES, status_page
 from minisupernet.errors import RunError
+from minisupernet.files import whole_file
 
-__all__ = ["make_book"]
+__all__ = ["make_book", "refresh"]
+
+PAPERMILL_NOTES = ("papermill", "execution")  # metadata that a run by papermill leaves
 
 
 def assemble(root: Path, notebooks: Sequence[Path], target: Path) -> Path:
@@ -77,11 +86,29 @@ def make_book(
         root / "_build" / ("committed" if committed else f"{profile}-{Path(data).stem}")
     )
     if not committed:
-        run_all(
-            notebooks,
-            folder / "notebooks",
-            {"profile": profile, "data": data, "seed": seed},
-            root,
-        )
+        parameters = {"profile": profile, "data": data, "seed": seed}
+        run_notebooks(notebooks, folder / "notebooks", parameters, root)
         notebooks = [folder / "notebooks" / notebook.name for notebook in notebooks]
     return build_html(assemble(root, notebooks, folder / "source"), folder / "html")
+
+
+def refresh(root: Path) -> None:
+    """Run every notebook as it stands, quick and on Shapes-100, and store outputs and
+    notes of the run in it."""
+    import nbformat
+
+    notebooks, folder = course_notebooks(root), root / "_build" / "refresh"
+    with environment(MINISUPERNET_DATA=str(stand_in_folder(root))):
+        run_notebooks(notebooks, folder, {}, root)
+    for path in notebooks:
+        stored, ran = nbformat.read(path, 4), nbformat.read(folder / path.name, 4)
+        for cell, ran_cell in zip(stored.cells, ran.cells, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs = ran_cell.outputs
+                cell.execution_count = ran_cell.execution_count
+        for holder in (stored, *stored.cells):
+            for name in PAPERMILL_NOTES:
+                holder.metadata.pop(name, None)
+        stored.metadata[NOTES] = ran.metadata[NOTES]
+        with whole_file(path) as part:
+            nbformat.write(stored, part)

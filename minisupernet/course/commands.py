@@ -1,6 +1,4 @@
-"""The command line: `python -m minisupernet data | book | notebooks | run | sweep |
-experiment | study`.
-"""
+"""The command line: `python -m minisupernet data | book | notebooks | run | sweep`."""
 
 from __future__ import annotations
 
@@ -9,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from minisupernet.errors import CourseError
 
 __all__ = ["main"]
 
@@ -23,24 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m minisupernet", description="Networks that make networks."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add_command in (
-        add_data,
-        add_book,
-        add_notebooks,
-        add_run,
-        add_sweep,
-        add_experiment,
-        add_study,
-    ):
+    for add_command in (add_data, add_book, add_notebooks, add_run, add_sweep):
         add_command(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        if not type(error).__module__.startswith("minisupernet."):
-            raise
+    except CourseError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -109,7 +99,7 @@ def add_notebooks(commands: argparse._SubParsersAction) -> None:
 
 def run_notebooks(options: argparse.Namespace) -> None:
     """Refresh the stored outputs."""
-    from minisupernet.course.runs.notebooks import refresh
+    from minisupernet.course.book import refresh
 
     refresh(CHECKOUT)
 
@@ -209,157 +199,22 @@ def run_sweep(options: argparse.Namespace) -> None:
     from minisupernet.errors import RunError
 
     sweep = sweeps.read_sweep(options.file)
-    tasks = sweeps.tasks_of(sweep, CHECKOUT, to_record=options.record is not None)
-    folder = (
-        options.out or CHECKOUT / "_build" / "sweeps" / options.file.stem
-    ).resolve()
-    limits = {
-        "retries": options.retries,
-        "timeout": options.timeout,
-        "threads": options.threads,
-    }
+    runs = sweeps.runs_of(sweep, CHECKOUT, to_record=options.record is not None)
+    folder = options.out or CHECKOUT / "_build" / "sweeps" / options.file.stem
+    folder = folder.resolve()
+
+    def keep(run: sweeps.Run) -> None:
+        if options.record:
+            summaries.record(run, folder, options.record)
+
+    limits = {"retries": options.retries, "timeout": options.timeout}
+    limits |= {"threads": options.threads, "keep": keep}
     with sweeps.open_executor(options.workers, options.scheduler) as (executor, slots):
-        failures = sweeps.run_tasks(tasks, folder, CHECKOUT, executor, slots, **limits)
-    if options.record:
-        summaries.record_sweep(tasks, folder, options.record)
-    print(
-        summaries.summarise(sweep, tasks, folder),
-        f"Results, table and figure are in {folder}.",
-        sep="\n",
-    )
+        failures = sweeps.do_runs(runs, folder, CHECKOUT, executor, slots, **limits)
+    print(summaries.summarise(sweep, runs, folder))
+    print(f"Results, table and figure are in {folder}.")
     if failures:
         raise RunError(
-            f"{len(failures)} of {len(tasks)} runs failed, as said above; the same"
+            f"{len(failures)} of {len(runs)} runs failed, as said above; the same"
             " command repeats them."
         )
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every recorded run can be told: how large it is, and on what it runs."""
-    parser.add_argument("--profile", choices=("quick", "full"), default="full")
-    parser.add_argument(
-        "--device", default="auto", help="auto, cuda, mps or cpu (auto)"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (all)")
-
-
-def add_experiment(commands: argparse._SubParsersAction) -> None:
-    """`experiment`: run experiment 1 or 2 and record what it measured."""
-    parser = commands.add_parser(
-        "experiment",
-        help="run experiment 1 or 2 and record it as JSON; needs no Jupyter",
-    )
-    parser.add_argument("number", type=int, choices=(1, 2))
-    parser.add_argument(
-        "--setup",
-        default="many_tasks",
-        help="which settings (many_tasks; see minisupernet.course.studies.setups)",
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one run a seed (0)"
-    )
-    parser.add_argument(
-        "--folds",
-        type=int,
-        nargs="+",
-        help="which tasks are held out (fold s for seed s)",
-    )
-    parser.add_argument(
-        "--data",
-        default="cifar100",
-        help="auto, cifar100, shapes100 or a .npz file (cifar100)",
-    )
-    add_run_options(parser)
-    parser.add_argument(
-        "--out", type=Path, help="result file (results/0?_experiment_?.json)"
-    )
-    parser.set_defaults(run=run_experiment_command)
-
-
-def run_experiment_command(options: argparse.Namespace) -> None:
-    """Run each seed and fold and record it as soon as it is done; one already recorded
-    is run again and replaced.
-    """
-    import torch
-
-    from minisupernet.course.records import record_run
-    from minisupernet.course.studies import arms as experiments
-    from minisupernet.course.studies import setups
-    from minisupernet.data import load
-    from minisupernet.training import pick_device
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    setup = setups.make_setup(options.setup, options.number, options.profile)
-    out = (
-        options.out
-        or CHECKOUT
-        / "results"
-        / f"{options.number + 5:02d}_experiment_{options.number}.json"
-    )
-    images = load(options.data, pick_device(options.device))
-    for seed, fold in [
-        (each, fold)
-        for each in options.seeds
-        for fold in options.folds or [each % setup.folds]
-    ]:
-        parts = (
-            options.number,
-            options.setup,
-            options.profile,
-            images.name,
-            seed,
-            fold,
-        )
-        name = "-".join(map(str, parts))
-        checkpoint = CHECKOUT / "_build" / "checkpoints" / f"{name}.safetensors"
-        run = experiments.run_experiment(setup, images, seed, fold, checkpoint)
-        record_run(out, run, keys=("setup", "seed", "fold"))
-        checkpoint.unlink(missing_ok=True)
-        print(f"{name}: recorded in {out}")
-
-
-def add_study(commands: argparse._SubParsersAction) -> None:
-    """`study`: measure the system of chapter 2, 3, 4 or 8 and record it."""
-    parser = commands.add_parser(
-        "study", help="measure the system of chapter 2, 3, 4 or 8 and record it as JSON"
-    )
-    parser.add_argument("name", help="net2net, static_hypernet, hyperlstm or pudnet")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one run a seed (0)"
-    )
-    parser.add_argument(
-        "--data",
-        help="auto, cifar10, cifar100, shapes100 or a .npz file (the study's own)",
-    )
-    add_run_options(parser)
-    parser.add_argument(
-        "--out", type=Path, help="result file (the study's own in results/)"
-    )
-    parser.set_defaults(run=run_study)
-
-
-def run_study(options: argparse.Namespace) -> None:
-    """Measure each seed and record it as soon as it is done; a seed already recorded is
-    replaced.
-    """
-    import torch
-
-    from minisupernet.course.studies import record_study
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    for seed in options.seeds:
-        path = record_study(
-            options.name,
-            seed,
-            options.profile,
-            options.data,
-            options.device,
-            options.out,
-        )
-        print(f"{options.name}, seed {seed}: recorded in {path}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -98,7 +98,7 @@ def load_runs(path: str | Path) -> list[dict]:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        commands = "`python -m minisupernet experiment` or `study`"
+        commands = "`python -m minisupernet sweep FILE --record results`"
         raise ResultError(f"there is no {path}; record it with {commands}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ResultError(

@@ -5,14 +5,12 @@ that records it.
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from minisupernet.course.commands import main
-from minisupernet.course.records import fingerprint, load_runs
+from minisupernet.course.records import fingerprint
 from minisupernet.course.studies import arms as experiments
 from minisupernet.course.studies.arms import (
     ADAPTED,
@@ -303,62 +301,3 @@ def test_the_wrong_generator_is_a_fresh_one(many_squares):
     assert start == fingerprint(fold.new_generator(0))
     assert start != fingerprint(fold.new_generator(1_000))
     assert fingerprint(fold.train().generator) != start
-
-
-@pytest.fixture
-def squares_file(tmp_path, many_squares):
-    path = tmp_path / "squares.npz"
-    arrays = {
-        f"{part}_labels": getattr(many_squares, f"{part}_labels").numpy()
-        for part in ("train", "test")
-    }
-    for part in ("train", "test"):
-        arrays[f"{part}_images"] = (
-            getattr(many_squares, f"{part}_images").permute(0, 2, 3, 1).numpy()
-        )
-    np.savez(path, **arrays)
-    return path
-
-
-def test_the_command_records_a_run_for_each_seed(
-    tmp_path, squares_file, monkeypatch, capsys
-):
-    monkeypatch.setitem(
-        SETUPS,
-        "many_tasks",
-        lambda experiment, profile: short(many_tasks(experiment, profile)),
-    )
-    out = tmp_path / "results" / "experiment.json"
-    place = ["--data", str(squares_file), "--device", "cpu", "--out", str(out)]
-    command = ["experiment", "2", "--profile", "quick", *place]
-    assert main([*command, "--seeds", "0", "1"]) == 0
-    assert main([*command, "--seeds", "1"]) == 0
-    assert main([*command, "--seeds", "1", "--folds", "1", "3"]) == 0
-    assert [(run["seed"], run["fold"]) for run in load_runs(out)] == [
-        (0, 0),
-        (1, 1),
-        (1, 3),
-    ]
-    assert "recorded in" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (
-            ["--setup", "best"],
-            (
-                "no set-up 'best'; use one of original, better, many_tasks,"
-                " unseen_pairs, search"
-            ),
-        ),
-        (["--data", "cifar1000"], "cifar1000"),
-        (["--device", "tpu"], "device 'tpu' is not available here"),
-    ],
-)
-def test_the_command_refuses_in_one_line(option, message, squares_file, capsys):
-    base = {"--data": str(squares_file), "--device": "cpu"} | {option[0]: option[1]}
-    arguments = [word for pair in base.items() for word in pair]
-    assert main(["experiment", "1", "--profile", "quick", *arguments]) == 1
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error

@@ -17,16 +17,17 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from support import ROOT
 
 from minisupernet.course import book
+from minisupernet.course.book import refresh
 from minisupernet.course.commands import main
 from minisupernet.course.runs import notebooks as runs
+from minisupernet.course.runs.jobs import make_job
 from minisupernet.course.runs.notebooks import (
     check_parameters,
     execute,
     find_notebook,
-    refresh,
-    run_all,
-    run_notebook,
 )
+from minisupernet.course.runs.sweeps import run_notebooks
+from minisupernet.course.runs.workers import carry_out
 from minisupernet.errors import FileError, RunError
 
 KERNEL = {
@@ -96,10 +97,16 @@ def executions(monkeypatch) -> list[dict]:
     return calls
 
 
+def run_notebook(
+    path: Path, out: Path, parameters: dict, root: Path, **options: int
+) -> bool:
+    job = make_job({"notebook": str(path), **parameters}, root)
+    return carry_out(job, out, path.stem, job.inputs(), **options)
+
+
 def run_tiny(root: Path, **parameters) -> bool:
-    return run_notebook(
-        root / "notebooks" / "01_tiny.ipynb", root / "out", parameters, root
-    )
+    path = root / "notebooks" / "01_tiny.ipynb"
+    return run_notebook(path, root / "out", parameters, root)
 
 
 def edit_notebook(root: Path) -> None:
@@ -209,7 +216,10 @@ def test_a_failing_cell_is_named_and_the_old_output_is_kept_apart(checkout):
     )
     with pytest.raises(RunError) as failure:
         run_tiny(checkout, seed=1)
-    assert str(failure.value) == "01_tiny, cell 4: ValueError: too big"
+    assert (
+        str(failure.value)
+        == "01_tiny, In [3] `raise ValueError('too big\\nby far')`: ValueError: too big"
+    )
     assert printed(checkout / "out" / "01_tiny.unfinished.ipynb") == "so far\n"
     assert (checkout / "out" / "01_tiny.ipynb").read_bytes() == good
     with pytest.raises(RunError):  # and it is tried again, not taken for unchanged
@@ -221,7 +231,10 @@ def test_a_cell_that_takes_too_long_is_stopped_and_named(checkout, monkeypatch):
     path = write_notebook(
         checkout / "notebooks" / "02_slow.ipynb", "import time; time.sleep(60)"
     )
-    with pytest.raises(RunError, match="02_slow, cell 3: CellTimeoutError: "):
+    with pytest.raises(
+        RunError,
+        match=r"02_slow, In \[2\] `import time; time.sleep\(60\)`: CellTimeoutError: ",
+    ):
         run_notebook(path, checkout / "out", {}, checkout)
 
 
@@ -229,7 +242,10 @@ def test_a_dead_kernel_is_named(checkout):
     path = write_notebook(
         checkout / "notebooks" / "02_dead.ipynb", "import os; os._exit(1)"
     )
-    with pytest.raises(RunError, match="02_dead, cell 3: DeadKernelError: "):
+    with pytest.raises(
+        RunError,
+        match=r"02_dead, In \[2\] `import os; os._exit\(1\)`: DeadKernelError: ",
+    ):
         run_notebook(path, checkout / "out", {"seed": 1}, checkout)
 
 
@@ -293,6 +309,29 @@ def test_wrong_parameters_are_refused_before_anything_runs(
     assert executions == [] and not (checkout / "out").exists()
 
 
+def test_a_notebook_without_a_kernelspec_and_with_a_hash_in_a_string_runs(tmp_path):
+    cell = new_code_cell("colour = '#ff0000'\nlr = 0.1")
+    cell.metadata.tags = ["parameters"]
+    notebook = new_notebook(cells=[cell, new_code_cell("print(colour, lr)")])
+    nbformat.write(notebook, tmp_path / "bare.ipynb")
+    run_notebook(tmp_path / "bare.ipynb", tmp_path / "out", {"lr": 0.5}, tmp_path)
+    assert printed(tmp_path / "out" / "bare.ipynb") == "#ff0000 0.5\n"
+
+
+def test_two_files_of_one_name_get_two_folders(checkout):
+    labels = []
+    for place in ("one", "two", "one"):
+        (checkout / place).mkdir(exist_ok=True)
+        (checkout / place / "mine.npz").write_text("images")
+        data = str(checkout / place / "mine.npz")
+        labels.append(make_job({"notebook": 1, "data": data}, checkout).label())
+    assert labels[0] == labels[2] != labels[1]
+    assert labels[0].startswith("01_tiny-data=mine.npz-")
+    own = write_notebook(checkout / "elsewhere" / "01_tiny.ipynb", "1")
+    ours = make_job({"notebook": 1}, checkout).label()
+    assert ours == "01_tiny" != make_job({"notebook": str(own)}, checkout).label()
+
+
 def test_a_missing_notebook_is_one_sentence(tmp_path):
     with pytest.raises(
         RunError, match="there is no notebook .*nothing.ipynb; check the path"
@@ -304,9 +343,7 @@ def test_a_file_that_is_no_notebook_is_one_sentence(tmp_path):
     (tmp_path / "broken.ipynb").write_text("{")
     with pytest.raises(
         RunError,
-        match=(
-            "broken.ipynb is no notebook whose parameters are plain values; restore it"
-        ),
+        match=("broken.ipynb has no cell with the tag 'parameters'"),
     ):
         check_parameters(tmp_path / "broken.ipynb", {})
 
@@ -390,11 +427,13 @@ def test_the_run_command_keeps_a_failure_and_tells_nothing_of_the_machine(
     monkeypatch.chdir(checkout)
     assert main(["run", "2", "--out", "mine"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("02_lost, cell 3: FileNotFoundError")
+    assert error.startswith(
+        "02_lost, In [2] `from pathlib import Path; open(Path.home() / 'a' / 'b')`"
+    )
     text = (checkout / "mine" / "02_lost.json").read_text()
     found = json.loads(text)
     assert found["status"] == "failed" and found["error"].startswith(
-        "02_lost, cell 3: FileNotFoundError"
+        "02_lost, In [2] `from pathlib import Path; open(Path.home() / 'a' / 'b')`"
     )
     assert str(Path.home()) not in text and str(checkout) not in text
 
@@ -411,7 +450,7 @@ def test_the_run_command_stops_a_cell_that_takes_too_long(
         capsys.readouterr()
         .err.strip()
         .splitlines()[-1]
-        .startswith("02_slow, cell 3: CellTimeoutError: ")
+        .startswith("02_slow, In [2] `import time; time.sleep(60)`: CellTimeoutError: ")
     )
 
 
@@ -445,7 +484,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_output(checkout, monkeypatch)
         FileError, match="cannot write .*out: No space left on device; free space or"
     ):
         run_tiny(checkout)
-    assert list((checkout / "out").iterdir()) == []
+    assert not list((checkout / "out").glob("*.ipynb"))
+    assert not list((checkout / "out").glob(".*.part"))
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(checkout, executions):
@@ -456,17 +496,17 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(checkout, executions):
         run_tiny(checkout)
 
 
-def test_run_all_runs_the_others_and_names_every_failure(checkout, capfd):
+def test_the_others_run_and_names_every_failure(checkout, capfd):
     for name in ("02_bad", "03_bad"):
         write_notebook(checkout / "notebooks" / f"{name}.ipynb", "1 / 0")
     paths = sorted((checkout / "notebooks").glob("*.ipynb"))
     with pytest.raises(RunError) as failure:
-        run_all(paths, checkout / "out", {"seed": 5}, checkout)
+        run_notebooks(paths, checkout / "out", {"seed": 5}, checkout)
     assert str(failure.value).splitlines() == [
-        f"0{n}_bad, cell 3: ZeroDivisionError: division by zero" for n in (2, 3)
+        f"0{n}_bad, In [2] `1 / 0`: ZeroDivisionError: division by zero" for n in (2, 3)
     ]
     assert printed(checkout / "out" / "01_tiny.ipynb") == "quick auto 5\n"
-    assert "01_tiny: ran in " in capfd.readouterr().out
+    assert "] 01_tiny: done" in capfd.readouterr().out
 
 
 def test_refresh_stores_outputs_and_notes_and_changes_nothing_else(checkout):
@@ -519,10 +559,12 @@ def test_the_book_is_assembled_from_the_runs_and_nothing_old_stays(
     old.write_text("old")
     monkeypatch.setattr(
         book,
-        "run_all",
+        "run_notebooks",
         lambda paths, *rest: [run_notebook(path, *rest) for path in paths],
     )
     monkeypatch.setattr(book, "build_html", lambda source, target: source)
+    monkeypatch.chdir(checkout)
+    (checkout / "mine.npz").write_text("images")
     source = book.make_book(checkout, data="mine.npz", seed=4)
     files = sorted(
         path.relative_to(source).as_posix()
@@ -542,7 +584,7 @@ def test_the_book_is_assembled_from_the_runs_and_nothing_old_stays(
     )
     assert source == old.parent
     assert executions == [
-        {"profile": "quick", "data": str(Path("mine.npz").resolve()), "seed": 4}
+        {"profile": "quick", "data": str(checkout / "mine.npz"), "seed": 4}
     ]
 
 

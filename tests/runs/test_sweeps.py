@@ -30,13 +30,13 @@ from minisupernet.course.records import load_runs
 from minisupernet.course.runs.inputs import code_used, package_fingerprint
 from minisupernet.course.runs.jobs import make_job
 from minisupernet.course.runs.parameters import override, read_word
-from minisupernet.course.runs.summaries import record_sweep, summarise
+from minisupernet.course.runs.summaries import record, summarise
 from minisupernet.course.runs.sweeps import (
     Sweep,
+    do_runs,
     open_executor,
     read_sweep,
-    run_tasks,
-    tasks_of,
+    runs_of,
 )
 from minisupernet.course.runs.workers import Claimed, attempt, carry_out, finished
 from minisupernet.course.statistics import interval
@@ -186,7 +186,7 @@ def test_a_value_that_no_run_will_have_is_told_before_any_runs(tmp_path):
     summary = {"values": ["arms.z_onli.test"], "by": "setup"}
     sweep = read_sweep(write_sweep(tmp_path, fixed=fixed, summary=summary))
     with pytest.raises(RunError, match="no value 'arms.z_onli.test'; did you mean"):
-        tasks_of(sweep, ROOT)
+        runs_of(sweep, ROOT)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_inputs_follow_parameters_and_the_content_of_images_but_not_their_place(
     "path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_the_sweeps_of_the_course_can_start(path):
-    tasks = tasks_of(read_sweep(path), ROOT)
+    tasks = runs_of(read_sweep(path), ROOT)
     assert len({task.name for task in tasks}) == len(tasks) > 1
     assert re.match(r"# .*(minutes|hours?)", path.read_text()), (
         "its first line says how long it takes"
@@ -518,7 +518,8 @@ def test_a_record_goes_into_the_files_of_the_book_and_replaces_its_older_self(tm
         (tmp_path / f"{task.name}.json").write_text(json.dumps(document))
     (tmp_path / "results").mkdir()
     for _ in range(2):
-        record_sweep(kept, tmp_path, tmp_path / "results")
+        for run in kept:
+            record(run, tmp_path, tmp_path / "results")
     names = {
         path.name: [run["value"] for run in load_runs(path)]
         for path in (tmp_path / "results").glob("*.json")
@@ -527,7 +528,7 @@ def test_a_record_goes_into_the_files_of_the_book_and_replaces_its_older_self(tm
     with pytest.raises(
         RunError, match="measures nothing that can be recorded; leave out --record"
     ):
-        tasks_of(Sweep(({"notebook": 5},), (), ""), ROOT, to_record=True)
+        runs_of(Sweep(({"notebook": 5},), (), ""), ROOT, to_record=True)
 
 
 # What happens when something dies
@@ -671,9 +672,9 @@ def test_a_killed_training_goes_on_to_the_result_of_an_unbroken_one(
         "training.steps": 12,
         "training.every": 4,
     }
-    (task,) = tasks_of(Sweep((settings,), (), ""), ROOT)
+    (task,) = runs_of(Sweep((settings,), (), ""), ROOT)
     with open_executor(1) as (executor, _):
-        assert run_tasks([task], tmp_path / "whole", ROOT, executor) == {}
+        assert do_runs([task], tmp_path / "whole", ROOT, executor) == {}
     folder = tmp_path / "broken"
     order = {"settings": settings, "root": str(ROOT), "folder": str(folder)}
     order |= {"name": task.name, "inputs": task.inputs}
@@ -691,7 +692,7 @@ def test_a_killed_training_goes_on_to_the_result_of_an_unbroken_one(
     with safe_open(folder / f"{task.name}.safetensors", "pt") as file:
         before = json.loads(file.metadata()["history"])
     with open_executor(1) as (executor, _):
-        assert run_tasks([task], folder, ROOT, executor) == {}
+        assert do_runs([task], folder, ROOT, executor) == {}
     whole, broken = (
         finished(each, task.name, task.inputs)["result"]
         for each in (tmp_path / "whole", folder)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minisupernet.course.runs.jobs import Job
-from minisupernet.course.runs.sweeps import Task, open_executor, run_tasks
+from minisupernet.course.runs.sweeps import Run, do_runs, open_executor
 from minisupernet.course.runs.workers import serve
 from minisupernet.files import whole_file
 
@@ -97,23 +97,23 @@ def make_tiny(settings: Mapping, root: Path) -> TinyJob:
     )
 
 
-def tiny_task(what: str, **parameters) -> Task:
+def tiny_task(what: str, **parameters) -> Run:
     settings = {"what": what, **parameters}
     job = make_tiny(settings, Path())
-    return Task(job, settings, job.label(), job.inputs())
+    return Run(job, settings, job.label(), job.inputs())
 
 
-def counting(count: int) -> list[Task]:
+def counting(count: int) -> list[Run]:
     return [tiny_task("count", number=number) for number in range(count)]
 
 
 def run_tiny(
-    tasks: Sequence[Task], folder: Path, executor=None, workers: int = 2, **options
+    tasks: Sequence[Run], folder: Path, executor=None, workers: int = 2, **options
 ) -> dict[str, str]:
     if executor is not None:
-        return run_tasks(tasks, folder, Path(), executor, command=COMMAND, **options)
+        return do_runs(tasks, folder, Path(), executor, command=COMMAND, **options)
     with open_executor(workers) as (pool, slots):
-        return run_tasks(tasks, folder, Path(), pool, slots, command=COMMAND, **options)
+        return do_runs(tasks, folder, Path(), pool, slots, command=COMMAND, **options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 checked before anything starts.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class Job:
         """
         raise NotImplementedError
 
+    def whole(self, folder: Path, name: str) -> bool:
+        """Whether all that a run leaves beside its result is there."""
+        return True
+
     def record(self) -> tuple[str, tuple[str, ...]]:
         """The file in `results` where such a run is recorded, and the values that tell
         it from others there.
@@ -70,9 +75,15 @@ class Job:
         }
 
     def label(self) -> str:
-        """A file name that says what runs and with which parameters."""
+        """A file name that says what runs and with which parameters; two files of one
+        name, in two folders, are told apart."""
         what, *parameters = self.settings().items()
         words = [str(what[1]), *(f"{name}={value}" for name, value in parameters)]
+        places = [value for value in self.parameters.values() if _is_file(value)]
+        if Path(self.what).suffix and Path(self.what).parent != self.root / "notebooks":
+            places.append(self.what)
+        if places:
+            words.append(hashlib.sha256("\0".join(places).encode()).hexdigest()[:6])
         return re.sub(r"[^\w.=+-]+", "_", "-".join(words))[:180]
 
 
@@ -90,6 +101,10 @@ class NotebookJob(Job):
         parameters, images and versions.
         """
         return notebook_fingerprint(Path(self.what), self.parameters, self.root)
+
+    def whole(self, folder: Path, name: str) -> bool:
+        """Whether the notebook that ran is there."""
+        return (folder / f"{name}.ipynb").exists()
 
     def measure(self, folder: Path, name: str, **options: Any) -> dict:
         """Run it to `<name>.ipynb`, options as `execute` takes them, and return the
@@ -311,6 +326,8 @@ def _check_types(given: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
 
 
 def _shown(value: Any) -> Any:
-    return (
-        Path(value).name if isinstance(value, str) and value.endswith(".npz") else value
-    )
+    return Path(value).name if _is_file(value) else value
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".npz")

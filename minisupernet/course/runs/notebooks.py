@@ -11,29 +11,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from minisupernet.course.runs.inputs import notebook_fingerprint
 from minisupernet.course.runs.outputs import keep_outputs
 from minisupernet.course.runs.parameters import plain, suggestion
-from minisupernet.course.status import NOTES, note_run
+from minisupernet.course.status import note_run
 from minisupernet.errors import FileError, RunError
-from minisupernet.files import data_folder, whole_file
+from minisupernet.files import data_folder
 
 __all__ = [
     "check_parameters",
     "course_notebooks",
     "execute",
     "find_notebook",
-    "refresh",
-    "run_all",
-    "run_notebook",
+    "environment",
     "stand_in_folder",
     "writing",
 ]
@@ -42,7 +37,6 @@ CELL_SECONDS = {
     "quick": 600,
     "full": 8 * 3600,
 }  # profile -> longest that one cell may take
-PAPERMILL_NOTES = ("papermill", "execution")  # metadata that a run by papermill leaves
 PAPERMILL_TAGS = {
     "injected-parameters",
     "papermill-error-cell-tag",
@@ -129,51 +123,16 @@ def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
 
 def _defaults(path: Path) -> dict[str, Any]:
     """What the notebook's parameters cell says, name to value."""
-    papermill = _papermill()
     try:
-        known = papermill.inspect_notebook(str(path))
-        return {name: ast.literal_eval(each["default"]) for name, each in known.items()}
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        (cell,) = (c for c in cells if "parameters" in c["metadata"].get("tags", ()))
+        nodes = ast.parse("".join(cell["source"])).body
+        return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
     except Exception as error:  # a damaged notebook fails in many ways
         raise RunError(
-            f"{path} is no notebook whose parameters are plain values; restore it."
+            f"{path} has no cell with the tag 'parameters' whose lines give plain"
+            " values, as in `seed = 0`; restore it, or tag one."
         ) from error
-
-
-def run_notebook(
-    path: Path,
-    out_dir: Path,
-    parameters: Mapping[str, Any],
-    root: Path,
-    threads: int | None = None,
-) -> bool:
-    """Run one notebook to `out_dir/<name>.ipynb`, and return False where that is
-    already there with the same inputs.
-
-    Beside it lie `<name>.inputs`, its fingerprint, and after a failure
-    `<name>.unfinished.ipynb`. `threads` limits the cores that the notebook's arithmetic
-    uses.
-
-    Raises:
-        RunError: for wrong parameters, and for a cell that fails: the notebook, the
-            cell's number and the error.
-        FileError: where `out_dir` cannot be written.
-    """
-    path, out_dir = Path(path).resolve(), Path(out_dir).resolve()
-    check_parameters(path, parameters)
-    output, unfinished, stamp = (
-        out_dir / (path.stem + end)
-        for end in (".ipynb", ".unfinished.ipynb", ".inputs")
-    )
-    inputs = notebook_fingerprint(path, parameters, root)
-    if output.exists() and stamp.exists() and stamp.read_text() == inputs:
-        return False
-    with writing(out_dir):
-        execute(path, unfinished, parameters, threads)
-        stamp.unlink(missing_ok=True)  # killed from here on, the notebook runs again
-        unfinished.replace(output)
-        with whole_file(stamp) as part:
-            part.write_text(inputs)
-    return True
 
 
 def execute(
@@ -207,12 +166,13 @@ def execute(
         settings["OMP_NUM_THREADS"] = str(threads)
     began = time.perf_counter()
     try:
-        with _environment(**settings):
+        with environment(**settings):
             done = papermill.execute_notebook(
                 path,
                 output,
                 dict(parameters),
                 kernel_name="python3",
+                language="python",
                 cwd=path.parent,
                 progress_bar=progress,
                 start_timeout=120,
@@ -226,7 +186,7 @@ def execute(
         DeadKernelError,
     ) as error:
         raise RunError(
-            f"{path.stem}, cell {_failed_cell(output)}: {_one_line(error)}"
+            f"{path.stem}, {_failed_cell(output)}: {_one_line(error)}"
         ) from error
     keep_outputs(done)
     note_run(
@@ -238,74 +198,6 @@ def execute(
         for cell in done.cells
         if cell.cell_type == "code"
     ]
-
-
-def run_all(
-    notebooks: Sequence[Path],
-    out_dir: Path,
-    parameters: Mapping[str, Any],
-    root: Path,
-    at_once: int = 2,
-) -> None:
-    """Run notebooks, `at_once` at a time where there are the cores, and print a line
-    for each.
-
-    Raises:
-        RunError: before any runs, for wrong parameters; after all have been tried, a
-            line for each that failed.
-    """
-    for path in notebooks:
-        check_parameters(path, parameters)
-    cores = (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
-    at_once = min(at_once, cores, len(notebooks))
-    failures = []
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        share = cores // at_once
-        futures = {
-            pool.submit(_timed_run, path, out_dir, parameters, root, share): path
-            for path in notebooks
-        }
-        for future in as_completed(futures):
-            try:
-                ran, seconds = future.result()
-                print(
-                    f"{futures[future].stem}:"
-                    f" {f'ran in {seconds:.0f} s' if ran else 'unchanged'}",
-                    flush=True,
-                )
-            except RunError as error:
-                failures.append(str(error))
-    if failures:
-        raise RunError("\n".join(sorted(failures)))
-
-
-def refresh(root: Path) -> None:
-    """Run every notebook as it stands, quick and on Shapes-100, and store outputs and
-    notes of the run in it.
-    """
-    import nbformat
-
-    notebooks, folder = course_notebooks(root), root / "_build" / "refresh"
-    with _environment(MINISUPERNET_DATA=str(stand_in_folder(root))):
-        run_all(notebooks, folder, {}, root)
-    for path in notebooks:
-        stored, ran = nbformat.read(path, 4), nbformat.read(folder / path.name, 4)
-        for cell, ran_cell in zip(stored.cells, ran.cells, strict=True):
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = (
-                    ran_cell.outputs,
-                    ran_cell.execution_count,
-                )
-        for holder in (stored, *stored.cells):
-            for name in PAPERMILL_NOTES:
-                holder.metadata.pop(name, None)
-        stored.metadata[NOTES] = ran.metadata[NOTES]
-        with whole_file(path) as part:
-            nbformat.write(stored, part)
 
 
 @contextmanager
@@ -340,26 +232,19 @@ def _papermill() -> ModuleType:
     return papermill
 
 
-def _timed_run(*arguments: Any) -> tuple[bool, float]:
-    start = time.perf_counter()
-    return run_notebook(*arguments), time.perf_counter() - start
-
-
-def _failed_cell(unfinished: Path) -> int:
-    """The number, from 1, of the last cell that was started, among the cells of the
-    notebook itself.
-    """
+def _failed_cell(unfinished: Path) -> str:
+    """The last cell that was started, as Jupyter numbers it, with its first line."""
     cells = json.loads(unfinished.read_text(encoding="utf-8"))["cells"]
-    own = [
-        cell["metadata"]
+    code = [
+        cell
         for cell in cells
-        if not PAPERMILL_TAGS & set(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] == "code"
+        and not PAPERMILL_TAGS & set(cell["metadata"].get("tags", ()))
     ]
-    return max(
-        number
-        for number, notes in enumerate(own, 1)
-        if notes["papermill"]["status"] != "pending"
-    )
+    notes = [cell["metadata"].get("papermill", {}) for cell in code]
+    number = max(n for n, note in enumerate(notes) if note.get("status") != "pending")
+    source = "".join(code[number]["source"]).strip() or "an empty cell"
+    return f"In [{number + 1}] `{source.splitlines()[0][:60]}`"
 
 
 def _one_line(error: Exception) -> str:
@@ -369,7 +254,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _environment(**settings: str) -> Iterator[None]:
+def environment(**settings: str) -> Iterator[None]:
     """Inside the block these environment variables are set, also for the processes
     started there.
     """

@@ -8,22 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minisupernet.course.runs.sweeps import Sweep, Task
+from minisupernet.course.runs.sweeps import Run, Sweep
 from minisupernet.course.runs.workers import finished
 from minisupernet.files import whole_file
 
 if TYPE_CHECKING:
     from minisupernet.course.statistics import Interval
 
-__all__ = ["record_sweep", "summarise"]
+__all__ = ["record", "summarise"]
 
 
-def record_sweep(tasks: Sequence[Task], folder: Path, place: Path) -> None:
-    """Put every finished run into the result file `place`, or into the book's own file
+def record(run: Run, folder: Path, place: Path) -> None:
+    """Put a finished run into the result file `place`, or into the book's own file
     where `place` is a folder.
 
-    A run replaces an older one of the same experiment, set-up, seed, fold and
-    overrides, or study's profile and seed.
+    It replaces an older one of the same experiment, set-up, seed, fold and overrides,
+    or of the same study, profile, seed and unit.
 
     Raises:
         RunError: for a run of a notebook, which measures nothing that could be
@@ -31,15 +31,13 @@ def record_sweep(tasks: Sequence[Task], folder: Path, place: Path) -> None:
     """
     from minisupernet.course.records import record_run
 
-    for task in tasks:
-        file, keys = task.job.record()
-        if document := finished(folder, task.name, task.inputs):
-            record_run(
-                place / file if place.is_dir() else place, document["result"], keys
-            )
+    file, keys = run.job.record()
+    if document := finished(folder, run.name, run.inputs):
+        target = place / file if place.is_dir() else place
+        record_run(target, document["result"], keys)
 
 
-def summarise(sweep: Sweep, tasks: Sequence[Task], folder: Path) -> str:
+def summarise(sweep: Sweep, runs: Sequence[Run], folder: Path) -> str:
     """A table of means with 95 % intervals, kept as `summary.md`, with a figure of it,
     `summary.png`.
 
@@ -51,11 +49,10 @@ def summarise(sweep: Sweep, tasks: Sequence[Task], folder: Path) -> str:
         ResultError: where a run has no such value.
     """
     groups: dict[str, list[dict]] = {}
-    for task in tasks:
-        if document := finished(folder, task.name, task.inputs):
-            groups.setdefault(str(task.settings.get(sweep.by, "default")), []).append(
-                document
-            )
+    for run in runs:
+        if document := finished(folder, run.name, run.inputs):
+            group = str(run.settings.get(sweep.by, "default"))
+            groups.setdefault(group, []).append(document)
     if not groups:
         return "No run has finished."
     found = {

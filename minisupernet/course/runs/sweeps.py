@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -35,7 +37,15 @@ from minisupernet.course.runs.parameters import plain, suggestion
 from minisupernet.course.runs.workers import Outcome, attempt, finished, one_line
 from minisupernet.errors import RunError
 
-__all__ = ["Sweep", "Task", "open_executor", "read_sweep", "run_tasks", "tasks_of"]
+__all__ = [
+    "Run",
+    "Sweep",
+    "do_runs",
+    "open_executor",
+    "read_sweep",
+    "run_notebooks",
+    "runs_of",
+]
 
 MOST_RUNS = 10_000
 SERVE = (sys.executable, "-m", "minisupernet.course.runs.workers")
@@ -53,7 +63,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Task:
+class Run:
     """A job with its settings, the name of its files, and the checksum of its
     inputs.
     """
@@ -133,14 +143,14 @@ def _check_summary(
         raise RunError(f"{path}: no run has the parameter '{by}' to sum up by{near}")
 
 
-def tasks_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Task]:
+def runs_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Run]:
     """Every run of a sweep, checked.
 
     Raises:
         RunError: for the first run that cannot start, or that cannot be recorded where
             it is to be.
     """
-    tasks = []
+    runs = []
     for settings in sweep.runs:
         job = make_job(settings, root)
         for value in sweep.values:
@@ -148,8 +158,8 @@ def tasks_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Task]:
         if to_record:
             job.record()
         inputs = job.inputs()
-        tasks.append(Task(job, settings, f"{job.label()}-{inputs[:12]}", inputs))
-    return tasks
+        runs.append(Run(job, settings, f"{job.label()}-{inputs[:12]}", inputs))
+    return runs
 
 
 @contextmanager
@@ -201,8 +211,8 @@ def open_executor(
             ) from error
 
 
-def run_tasks(
-    tasks: Sequence[Task],
+def do_runs(
+    runs: Sequence[Run],
     folder: Path,
     root: Path,
     executor: Executor,
@@ -211,8 +221,9 @@ def run_tasks(
     timeout: float | None = None,
     threads: int = 1,
     command: Sequence[str] = SERVE,
+    keep: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, str]:
-    """Do every task that is not finished, show how it goes, and return the failures:
+    """Do every run that is not finished, say how it goes, and return the failures:
     {name: why}.
 
     Args:
@@ -220,47 +231,61 @@ def run_tasks(
         retries: how often a run whose process died is started again.
         timeout: seconds that one run may take.
         command: starts a process that calls `workers.serve`.
+        keep: called with each run that is finished, as it ends.
     """
-    from tqdm import tqdm
-
-    todo = [task for task in tasks if not finished(folder, task.name, task.inputs)]
+    over = [run for run in runs if _is_over(run, folder)]
+    todo = [run for run in runs if run not in over]
+    progress = _Progress(len(runs), len(over), folder, slots)
     failures: dict[str, str] = {}
     deaths: Counter[str] = Counter()
 
-    def submit(task: Task) -> Future:
-        settings = task.settings | task.job.parameters  # with whole paths
+    def submit(run: Run) -> Future:
+        settings = run.settings | run.job.parameters  # with whole paths
         order = {"settings": settings, "root": str(root), "folder": str(folder)}
-        order |= {"name": task.name, "inputs": task.inputs}
+        order |= {"name": run.name, "inputs": run.inputs}
         return executor.submit(attempt, order, list(command), timeout, threads)
 
-    with tqdm(
-        total=len(tasks),
-        initial=len(tasks) - len(todo),
-        desc="runs",
-        smoothing=0,
-        disable=None,
-    ) as bar:
-        pending = {submit(task): task for task in todo}
-        while pending:
-            bar.set_postfix_str(
-                f"{min(slots, len(pending))} running, {len(failures)} failed"
-            )
-            for future in wait(pending, timeout=1, return_when=FIRST_COMPLETED).done:
-                task = pending.pop(future)
-                status, reason = _outcome(future)
-                deaths[task.name] += status == "died"
-                if status == "claimed" or (
-                    status == "died" and deaths[task.name] <= retries
-                ):
-                    pending[submit(task)] = task
-                    continue
-                if status != "done":
-                    failures[task.name] = reason
-                bar.update()
-                tqdm.write(
-                    f"{task.name}: done" if status == "done" else f"failed: {reason}"
-                )
+    for run in over:
+        keep(run)
+    pending = {submit(run): run for run in todo}
+    while pending:
+        for future in wait(pending, timeout=1, return_when=FIRST_COMPLETED).done:
+            run = pending.pop(future)
+            status, reason = _outcome(future)
+            deaths[run.name] += status == "died"
+            again = status == "died" and deaths[run.name] <= retries
+            if again or status == "claimed":
+                pending[submit(run)] = run
+            elif status == "done":
+                keep(run)
+                progress.say(f"{run.name}: done")
+            else:
+                failures[run.name] = reason
+                progress.say(f"failed: {reason}")
     return failures
+
+
+def _is_over(run: Run, folder: Path) -> bool:
+    found = finished(folder, run.name, run.inputs)
+    return found is not None and run.job.whole(folder, run.name)
+
+
+class _Progress:
+    """Lines for a terminal and a log alike: what there is to do, and each run as it
+    ends."""
+
+    def __init__(self, total: int, done: int, folder: Path, slots: int) -> None:
+        self.total, self.done, self.began = total, done, time.perf_counter()
+        print(f"{total} runs, {done} of them done before, in {folder}", flush=True)
+        if done < total:
+            at_once = min(slots, total - done)
+            print(f"{at_once} at once; each run's own log lies there.", flush=True)
+
+    def say(self, line: str) -> None:
+        self.done += 1
+        minutes = (time.perf_counter() - self.began) / 60
+        part = f"[{self.done}/{self.total}, {minutes:.1f} minutes]"
+        print(f"{part} {line}", flush=True)
 
 
 def _outcome(future: Future) -> Outcome:
@@ -318,3 +343,29 @@ def _name(path: str | Path, name: Any) -> str:
             f"{path}: the parameter name {name!r} is no text; write it in quotes."
         )
     return name
+
+
+def run_notebooks(
+    paths: Sequence[Path], folder: Path, parameters: Mapping[str, Any], root: Path
+) -> None:
+    """Run notebooks to `folder/<name>.ipynb`, two at a time where there are the cores,
+    each as a run of a sweep is done.
+
+    Raises:
+        RunError: before any runs, for wrong parameters; after all have been tried, a
+            line for each that failed.
+    """
+    runs = []
+    for path in paths:
+        settings = {"notebook": str(path), **parameters}
+        job = make_job(settings, root)
+        runs.append(Run(job, settings, path.stem, job.inputs()))
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    at_once = min(2, cores, len(paths))
+    with open_executor(at_once) as (pool, slots):
+        threads = {"threads": cores // at_once, "retries": 0}
+        failures = do_runs(runs, folder, root, pool, slots, **threads)
+    if failures:
+        raise RunError("\n".join(failures[name] for name in sorted(failures)))

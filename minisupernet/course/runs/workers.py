@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from minisupernet.course.runs.jobs import Job, make_job
 from minisupernet.course.runs.notebooks import writing
-from minisupernet.errors import RunError
+from minisupernet.errors import CourseError, RunError
 from minisupernet.files import whole_file
 
 __all__ = [
@@ -82,7 +82,7 @@ def carry_out(job: Job, folder: Path, name: str, inputs: str, **options: Any) ->
         FileError: where `folder` cannot be written.
     """
     with _claim(folder, name):
-        if finished(folder, name, inputs):
+        if finished(folder, name, inputs) and job.whole(folder, name):
             return False
         if job.inputs() != inputs:
             raise RunError(
@@ -159,7 +159,7 @@ def serve(make: Callable[[Mapping[str, Any], Path], Job] = make_job) -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with os.fdopen(os.dup(1), "w") as answer:
-        folder, name = Path(order["folder"]), order["name"]
+        folder, name, job = Path(order["folder"]), order["name"], None
         try:
             with writing(folder):
                 _print_to(folder / f"{name}.log")
@@ -169,7 +169,9 @@ def serve(make: Callable[[Mapping[str, Any], Path], Job] = make_job) -> None:
         except Claimed:
             outcome = Outcome("claimed")
         except Exception as error:
-            outcome = Outcome("failed", f"{name}: {one_line(error)}")
+            said, named = one_line(error), job is not None and Path(job.what).stem
+            known = named and said.startswith(f"{named},")
+            outcome = Outcome("failed", said if known else f"{name}: {said}")
             with suppress(OSError):
                 traceback.print_exc()
         json.dump(outcome, answer)
@@ -235,14 +237,10 @@ def _keep(
 
 def one_line(error: Exception) -> str:
     """What went wrong, in one line; errors of the package say it themselves, others
-    need their name.
-    """
+    need their name."""
     line = (str(error).strip().splitlines() or [""])[0]
-    return line if _ours(error) else f"{type(error).__name__}: {line}"
-
-
-def _ours(error: Exception) -> bool:
-    return type(error).__module__.startswith("minisupernet.")
+    ours = isinstance(error, CourseError)
+    return line if ours else f"{type(error).__name__}: {line}"
 
 
 def _without_folders(text: str) -> str:

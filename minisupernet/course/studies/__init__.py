@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minisupernet.course.records import provenance, record_run, results_file
+from minisupernet.course.records import provenance
 from minisupernet.data import load
 from minisupernet.errors import StudyError
 from minisupernet.training import pick_device
 
-__all__ = ["STUDIES", "Study", "measure_study", "record_study"]
+__all__ = ["STUDIES", "Study", "measure_study"]
 
 Value = str | int | float
 
@@ -95,27 +95,3 @@ def measure_study(
         "seconds": round(time.perf_counter() - began, 1),
         **provenance(images, images.device),
     }
-
-
-def record_study(
-    name: str,
-    seed: int = 0,
-    profile: str = "full",
-    data: str | None = None,
-    device: str = "auto",
-    out: Path | None = None,
-    report: Callable[[str], None] = print,
-) -> Path:
-    """Measure one study, as `measure_study` does, and record it in place of an older
-    run of that seed and profile.
-
-    Args:
-        out: the result file; by default the one in `results`.
-
-    Returns:
-        The result file.
-    """
-    run = measure_study(name, seed, profile, data, device, report)
-    path = out or results_file(STUDIES[name].result)
-    record_run(path, run, ("profile", "seed"))
-    return path
