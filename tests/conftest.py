@@ -29,7 +29,17 @@ FLAGS = [
     "--disable-component-update",
 ]
 
+SETTLED = """async () => {
+  await window.MathJax?.startup?.promise;
+  await document.fonts.ready;
+}"""
+
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Browser tests first in line: they are the longest."""
+    items.sort(key=lambda item: "browser" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +101,8 @@ def visit(chromium, book) -> Iterator:
             ),
         )
         tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.goto((book / f"{page}.html").as_uri())
-        tab.wait_for_load_state("networkidle")
+        tab.goto((book / f"{page}.html").as_uri(), wait_until="load")
+        tab.evaluate(SETTLED)
         return tab
 
     yield open_page

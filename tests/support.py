@@ -1,12 +1,17 @@
-"""What tests of several folders share: the repository, and a tiny image set."""
+"""What tests of several folders share: the repository, a tiny image set, and what runs
+in the nightly set alone."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from minisupernet.data import ImageSet
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = bool(os.environ.get("MINISUPERNET_LONG"))  # `make test-long` sets it
+nightly = pytest.mark.skipif(not LONG, reason="nightly: make test-long")
 
 
 def coloured_squares(

@@ -15,10 +15,29 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from support import ROOT
+from support import LONG, ROOT
 
 PHONE = {"width": 390, "height": 844}
 MEGABYTE = 1_000_000
+LOCAL = ("file", "data", "blob")
+STYLES = (  # together they hold every style of the book
+    "notebooks/02_net2net",
+    "notebooks/07_experiment_2",
+    "book/quiz_1",
+    "book/setup",
+    "book/api",
+    "book/glossary",
+    "book/intro",
+)
+COLOURED = {  # classes of text with a colour of its own
+    *("admonition", "cell_input", "cell_output", "dropdown", "glossary", "highlight"),
+    *("note", "output", "pre", "quiz-right", "quiz-wrong", "reference", "sig"),
+    *("sig-name", "stderr", "stream", "tag_hide-cell", "tag_hide-input", "tip"),
+    *("toggle-details", "warning", "bp", "c1", "k", "mi", "n", "nn", "o", "p", "s1"),
+}
+SCROLLING = """() => [...document.querySelectorAll("article pre")]
+  .filter((block) => block.offsetParent && block.scrollWidth > block.clientWidth + 1)
+  .map((block) => block.textContent.slice(0, 200))"""
 
 
 def pages() -> list[str]:
@@ -47,48 +66,55 @@ def server(book) -> Iterator[str]:
 
 
 @each_page
-def test_a_page_is_whole_offline(page, visit, book):
+def test_a_page_is_whole_offline_fits_and_is_open_to_everyone(page, visit, book):
+    """One visit with all checks: nothing from elsewhere, no complaint, formulas drawn,
+    no code that scrolls at 1280 pixels, axe, and nothing wider than a phone."""
     tab = visit(page)
-    elsewhere = [
-        url
-        for url in tab.requested
-        if urlsplit(url).scheme not in ("file", "data", "blob")
-    ]
+    elsewhere = [url for url in tab.requested if urlsplit(url).scheme not in LOCAL]
     assert not elsewhere and not tab.complaints
     assert (book / f"{page}.html").stat().st_size < 2 * MEGABYTE
-    formulas = tab.locator(".math").count()
-    if formulas:
-        tab.wait_for_selector("mjx-container", state="attached")
-        assert (
-            tab.locator("mjx-container").count() >= formulas
-            and not tab.locator("mjx-merror").count()
-        )
-
-
-@each_page
-def test_nothing_overflows_on_a_phone(page, visit):
-    tab = visit(page, PHONE)
-    tab.wait_for_timeout(300)  # formulas change widths
+    formulas, drawn = tab.locator(".math").count(), tab.locator("mjx-container").count()
+    assert drawn >= formulas and not tab.locator("mjx-merror").count()
+    assert not tab.evaluate(SCROLLING), "code is cut off at the right"
+    assert not violations(tab, {"rules": {"color-contrast": {"enabled": False}}})
+    tab.set_viewport_size(PHONE)
     assert tab.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@each_page
-def test_axe_finds_nothing_serious(page, scheme, visit):
-    from axe_playwright_python.sync_playwright import Axe
-
+@pytest.mark.parametrize("page", pages() if LONG else STYLES)
+def test_colours_can_be_told_apart(page, scheme, visit):
     tab = visit(page, scheme=scheme)
     assert tab.evaluate("document.documentElement.dataset.theme") == scheme
-    found = Axe().run(tab).response["violations"]
-    serious = [
+    only = {"type": "rule", "values": ["color-contrast"]}
+    assert not violations(tab, {"runOnly": only})
+
+
+def test_the_pages_of_every_style_hold_every_style(book):
+    """What contrast is looked at on has all classes of text that the book has."""
+    styles = {page: classes(book / f"{page}.html") for page in pages()}
+    shown = set().union(*(styles[page] for page in STYLES))
+    missing = set().union(*styles.values()) - shown
+    assert not missing, f"no page of STYLES has {missing}"
+
+
+def violations(tab, options: dict) -> list[tuple[str, str]]:
+    """What axe finds serious or critical on a page: the rule and the first place."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(tab, options=options).response["violations"]
+    return [
         (each["id"], each["nodes"][0]["html"][:120])
         for each in found
-        if each["impact"] in SERIOUS
+        if each["impact"] in ("serious", "critical")
     ]
-    assert not serious
 
 
-SERIOUS = ("serious", "critical")
+def classes(path: Path) -> set[str]:
+    """The classes of the article that give text a colour of its own."""
+    article = path.read_text(encoding="utf-8").split("<article", 1)[1]
+    found = re.findall(r'class="([^"]+)"', article.split("</article>", 1)[0])
+    return {name for each in found for name in each.split()} & COLOURED
 
 
 @pytest.mark.parametrize("where", ["disk", "server"])

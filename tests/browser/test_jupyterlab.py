@@ -1,5 +1,5 @@
-"""A chapter in JupyterLab, as a reader meets it: Run All, a progress bar that moves, a
-slider that moves a picture.
+"""A notebook in JupyterLab, as a reader meets it: Run All, a progress bar that moves, a
+slider that moves a picture. Nightly it is a whole chapter.
 
 The test waits for what it asks, however slow the machine; it skips where JupyterLab or
 Chromium is missing.
@@ -21,7 +21,8 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
-from support import ROOT
+from nbformat.v4 import new_code_cell, new_notebook
+from support import LONG, ROOT
 
 from minisupernet.course.runs.notebooks import stand_in_folder
 
@@ -47,6 +48,21 @@ ALL_RAN = f"""() => {{
 PICTURE = """async (image) => [...new Uint8Array(await (await fetch(image.src)).arrayBuffer())].join()"""
 
 
+def small(folder: Path) -> None:
+    """A notebook of three cells: a bar that moves, an explorer, and text."""
+    bar = "import time\nfrom tqdm.auto import tqdm\n"
+    bar += "for step in tqdm(range(40)):\n    time.sleep(0.1)"
+    slider = "from minisupernet.course.explorer import explorer\n"
+    slider += "from minisupernet.course.plots import new_figure\n\n"
+    slider += "def draw(n):\n    figure, axes = new_figure()\n"
+    slider += "    axes.plot([0, n])\n    return figure\n\n"
+    slider += "explorer(draw, range(4), 'n', 'a line that grows', 'n = {}'.format)"
+    cells = [new_code_cell(source) for source in (bar, slider, "print('the end')")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(notebook, folder / f"{CHAPTER}.ipynb")
+
+
 def without_outputs(chapter: str, folder: Path) -> None:
     """A copy of the chapter as nobody ran it, so that every count and output in it is
     new.
@@ -70,6 +86,7 @@ def start(folder: Path, port: int, token: str) -> subprocess.Popen:
         f"JUPYTERLAB_{name}_DIR": str(folder / name)
         for name in ("SETTINGS", "WORKSPACES")
     }
+    settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     settings |= {
         "IPYTHONDIR": str(folder / "ipython"),
         "MINISUPERNET_DATA": str(stand_in_folder(ROOT)),
@@ -112,7 +129,10 @@ def lab(chromium, tmp_path) -> Iterator[str]:
             ' ".[notebooks]"'
         )
     (tmp_path / "notebooks").mkdir()
-    without_outputs(CHAPTER, tmp_path / "notebooks")
+    if LONG:
+        without_outputs(CHAPTER, tmp_path / "notebooks")
+    else:
+        small(tmp_path / "notebooks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -15,10 +15,13 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def keep_outputs(notebook: "NotebookNode") -> None:
-    """Change a notebook that has run: pictures made smaller, and of what shows as a
-    widget its other forms alone.
+    """Change a notebook that has run: pictures made smaller, of what shows as a widget
+    its other forms alone, and injected parameters out of the book's sight.
     """
     notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:  # the book shows no cell of parameters
+        if "injected-parameters" in cell.metadata.get("tags", ()):
+            cell.metadata.tags.append("remove-cell")
     for output in (each for cell in notebook.cells for each in cell.get("outputs", ())):
         shown = output.get("data", {})
         shown.pop(WIDGET, None)
