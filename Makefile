@@ -6,21 +6,27 @@ SEED ?= 0
 
 BIN := .venv/bin
 READY := .venv/.ready
+INSTALL := -c constraints.txt -e ".[notebooks,book,test]"
+PYTEST ?= # further words for pytest, such as --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test bench notebooks lab data clean
+.PHONY: help setup book html test test-long bench notebooks lab data clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.13] [PROFILE=quick|full] [DATA=auto|cifar100|...|mine.npz] [SEED=0]"
-	@sed -n 's/^\([a-z]*\):.*## /  \1#/p' Makefile | awk -F'#' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1#/p' Makefile | awk -F'#' '{printf "%-12s %s\n", $$1, $$2}'
 
 book: $(READY) ## run every notebook, build the book, print its address
 	$(BIN)/python -m minisupernet book --profile "$(PROFILE)" --data "$(DATA)" --seed "$(SEED)"
 
 test: $(READY) ## check the style, the package, and every notebook against its stored outputs
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests -q -n 2
+	$(BIN)/python -m pytest tests -q -n 2 $(PYTEST)
 	$(BIN)/python -m pytest --nbval notebooks -q -n 2 --dist loadfile
+
+test-long: $(READY) ## the same and the nightly part: every page in both schemes, thousands of tries
+	MINISUPERNET_LONG=1 $(MAKE) test
 
 html: $(READY) ## build the book from the stored outputs, run nothing
 	$(BIN)/python -m minisupernet book --committed
@@ -52,5 +58,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("This course needs Python 3.11 or later, not %d.%d: use make PYTHON=python3.11" \
 	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e ".[notebooks,book,test]"
+	$(BIN)/python -m pip install --quiet "uv>=0.5"
+	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python $(INSTALL) \
+	    || $(BIN)/python -m pip install $(INSTALL)
 	@touch $@

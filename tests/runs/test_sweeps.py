@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tiny_jobs
 from safetensors import safe_open
-from support import ROOT, coloured_squares
+from support import LONG, ROOT, coloured_squares
 from tiny_jobs import COMMAND, STEPS, alive, counting, run_tiny, tiny_task
 
 from minisupernet.course.commands import main
@@ -58,6 +58,8 @@ SHORT = {
     "adaptation.images": 4,
     "z_dim": 4,
 }
+
+KILLS = 1_000 if LONG else 10
 
 
 def write_sweep(folder: Path, **entries) -> Path:
@@ -534,16 +536,16 @@ def test_a_record_goes_into_the_files_of_the_book_and_replaces_its_older_self(tm
 # What happens when something dies
 
 
-def test_fifty_kills_in_a_row_lose_and_double_nothing(tmp_path):
+def test_many_kills_in_a_row_lose_and_double_nothing(tmp_path):
     """SIGKILL, at random moments, of the sweep or of the process of one run; a new
     folder when all is done.
     """
     chance, kills, folders, whole = random.Random(0), 0, [], True
-    while kills < 50 or not whole:
+    while kills < KILLS or not whole:
         folders += [tmp_path / f"folder{len(folders)}"] if whole else []
         command = [sys.executable, tiny_jobs.__file__, "sweep", str(folders[-1]), "40"]
         sweep = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while sweep.poll() is None and kills < 50:
+        while sweep.poll() is None and kills < KILLS:
             early = chance.random() < 0.2  # also while nothing runs yet
             wait_for(
                 lambda early=early, sweep=sweep, folder=folders[-1]: (
