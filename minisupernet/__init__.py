@@ -31,6 +31,9 @@ FRONT_DOOR = {  # name -> the module that defines it
     "train_generator": "fitting",
     "fit_z": "fitting",
     "train": "training",
+    "save": "export",
+    "load_generator": "export",
+    "network_of": "export",
     "CourseError": "errors",
 }
 __all__ = [*FRONT_DOOR]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from minisupernet.data.episodes import Batch
 from minisupernet.errors import PudNetError
-from minisupernet.target import WeightSpec, run_tasks
+from minisupernet.target import MakesWeights, WeightSpec, run_tasks
 
 __all__ = [
     "DatasetEncoder",
@@ -154,7 +154,7 @@ class LowRankHead(nn.Module):
         return self.base + self.spread * (self.standard(code) @ self.down @ self.up)
 
 
-class PudNet(nn.Module):
+class PudNet(MakesWeights):
     """Datasets (T, S, 3, 32, 32) in, the weights of T networks {name: (T, *shape)} out,
     in one forward pass.
 
@@ -228,7 +228,7 @@ class PudNet(nn.Module):
         )
 
 
-class OneNetwork(nn.Module):
+class OneNetwork(MakesWeights):
     """The control: the same interface as PudNet, the same weights for every dataset,
     learned the ordinary way.
     """

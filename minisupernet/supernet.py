@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from minisupernet.data.tasks import BinaryTasks
 from minisupernet.errors import GeneratorError
 from minisupernet.seeds import step_generator
-from minisupernet.target import WeightSpec
+from minisupernet.target import MakesWeights, WeightSpec
 
 __all__ = ["ClassVectors", "SuperNet", "TaskVectors"]
 
 Weights = dict[str, Tensor]
 
 
-class SuperNet(nn.Module):
+class SuperNet(MakesWeights):
     """Task vectors (T, z_dim) in, the weights of T networks {name: (T, *shape)} out.
 
     A trunk of fully connected layers, then one linear head for each weight tensor. The

@@ -7,7 +7,7 @@ result, each on its own images.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from minisupernet.errors import TargetError
 from minisupernet.fast.convolution import FastConvolutions
 
-__all__ = ["TaskClassifier", "TensorSpec", "WeightSpec", "run_tasks"]
+__all__ = ["MakesWeights", "TaskClassifier", "TensorSpec", "WeightSpec", "run_tasks"]
 
 Weights = dict[str, Tensor]  # name -> (T, *shape)
+Outputs = Tensor | tuple | dict  # whatever the target returns
 
 
 class TaskClassifier(nn.Module):
@@ -120,6 +122,10 @@ class WeightSpec:
         """Number of weights P in one target network."""
         return sum(tensor.size for tensor in self.tensors)
 
+    def signature(self) -> list[str]:
+        """Name and shape of each tensor, in order, as text."""
+        return [f"{tensor.name} {tensor.shape}" for tensor in self.tensors]
+
     def split(self, flat: Tensor) -> Weights:
         """Cut rows of P weights (T, P) into named tensors {name: (T, *shape)}; views,
         no copy.
@@ -130,16 +136,15 @@ class WeightSpec:
             )
         pieces = flat.split([tensor.size for tensor in self.tensors], dim=1)
         return {
-            t.name: piece.unflatten(1, t.shape)
+            t.name: piece.unflatten(1, t.shape) if t.shape else piece.squeeze(1)
             for t, piece in zip(self.tensors, pieces, strict=True)
         }
 
     def join(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split`: named tensors {name: (T, *shape)} to rows (T, P)."""
         self.check(weights)
-        return torch.cat(
-            [weights[tensor.name].flatten(1) for tensor in self.tensors], dim=1
-        )
+        rows = [weights[t.name].reshape(-1, t.size) for t in self.tensors]
+        return torch.cat(rows, dim=1)
 
     def check(self, weights: Mapping[str, Tensor]) -> int:
         """Return T, the number of networks in `weights`; raise TargetError where a name
@@ -187,16 +192,46 @@ class WeightSpec:
         return torch.tensor(values, device=device).repeat_interleave(sizes)
 
 
+class MakesWeights(nn.Module):
+    """A generator whose state says which target it makes weights for.
+
+    `load_state_dict` refuses the state of a generator for tensors of other names,
+    shapes or order, where equal sizes would let it pass.
+    """
+
+    spec: WeightSpec
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination._metadata[prefix[:-1]]["makes"] = self.spec.signature()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
+        theirs, ours = local_metadata.get("makes"), self.spec.signature()
+        if theirs is not None and theirs != ours:
+            pairs = zip(theirs, ours, strict=False)
+            there, here = next(
+                (pair for pair in pairs if pair[0] != pair[1]),
+                (f"{len(theirs)} tensors", f"{len(ours)}"),
+            )
+            raise TargetError(
+                "this state belongs to a generator for another target: it makes"
+                f" {there} where this one makes {here}; load it into a generator for"
+                " that target."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
 def run_tasks(
     target: nn.Module, weights: Mapping[str, Tensor], images: Tensor
-) -> Tensor:
+) -> Outputs:
     """Run T different networks at once: task t's weights on task t's images.
 
     Equal, to float rounding, to a Python loop of `functional_call(target, weights of t,
     images[t])`. Inside an autocast block the networks run wholly in its dtype.
 
     Args:
-        target: the architecture; its own parameter values are not used.
+        target: the architecture; its own parameter values are not used, and nothing in
+            it is changed.
         weights: {name: (T, *shape)}, as a generator or `WeightSpec.split` gives them.
         images: (T, B, ...), B images for each of the T networks.
 
@@ -208,23 +243,102 @@ def run_tasks(
             cannot run per task.
     """
     _refuse_coupled(target)
-    tasks = _count_tasks(
-        weights, {name: tuple(p.shape) for name, p in target.named_parameters()}
-    )
+    shapes = {name: tuple(p.shape) for name, p in target.named_parameters()}
+    tasks = _count_tasks(weights, shapes)
     if images.shape[:1] != (tasks,):
         raise TargetError(
             f"these weights are {tasks} networks, so images must be ({tasks}, B, ...),"
             f" not {_shape(images)}."
         )
     weights, buffers, images = _in_autocast_dtype(target, weights, images)
+    names, copies = _places(target), _copies(target, buffers)
+
+    def run(own: Weights, x: Tensor) -> Outputs:
+        state = {place: own[name] for place, name in names.items()} | buffers | copies
+        return functional_call(target, state, (x,), tie_weights=False)
+
     if tasks == 1:  # nothing to run side by side
         alone = {name: own.squeeze(0) for name, own in weights.items()}
-        return functional_call(target, (alone, buffers), (images[0],))[None]
+        outputs = tree_map(_first, _run_alone(run, target, alone, images[0]))
+    else:
+        outputs = _run_many(run, target, weights, images)
+    for name, copy in copies.items():
+        if not torch.equal(copy, target.get_buffer(name)):
+            raise TargetError(f"the target changes its buffer '{name}' {CHANGES}.")
+    return outputs
+
+
+def _copies(target: nn.Module, but: Mapping[str, Tensor]) -> Weights:
+    """Copies of the target's buffers, so that a run can change none of its own."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: b.clone() for name, b in target.named_buffers() if name not in but}
+
+
+def _run_many(
+    run: Callable, target: nn.Module, weights: Weights, images: Tensor
+) -> Outputs:
     quick = images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    with FastConvolutions() if quick else nullcontext():
-        return vmap(lambda own, x: functional_call(target, (own, buffers), (x,)))(
-            weights, images
+    quick = quick and not torch.compiler.is_compiling()
+    try:
+        with FastConvolutions() if quick else nullcontext():
+            return vmap(run)(weights, images)
+    except RuntimeError as error:
+        raise _plainly(target, error) from error
+
+
+def _places(target: nn.Module) -> dict[str, str]:
+    """Where a weight goes: every place that holds a parameter, to the name it goes by.
+
+    Layers may share a parameter, which then has one name and several places; a layer
+    that is reached under two names is one place.
+    """
+    name_of = {id(p): name for name, p in target.named_parameters()}
+    return {
+        f"{path}.{key}".lstrip("."): name_of[id(parameter)]
+        for path, layer in target.named_modules()
+        for key, parameter in layer._parameters.items()
+        if parameter is not None
+    }
+
+
+def _first(output: object) -> object:
+    return output[None] if isinstance(output, Tensor) else output
+
+
+def _run_alone(run: Callable, target: nn.Module, own: Weights, x: Tensor) -> Outputs:
+    """One network, refused where several would be: for what it draws."""
+    if torch.compiler.is_compiling():
+        return run(own, x)
+    before = _random_state(x.device)
+    outputs = run(own, x)
+    if not torch.equal(before, _random_state(x.device)):
+        raise TargetError(f"{type(target).__name__} {RANDOM}.")
+    return outputs
+
+
+def _random_state(device: torch.device) -> Tensor:
+    is_cuda = device.type == "cuda"
+    return torch.cuda.get_rng_state(device) if is_cuda else torch.get_rng_state()
+
+
+def _plainly(target: nn.Module, error: RuntimeError) -> Exception:
+    """The TargetError that an error of `vmap` stands for; others as they are."""
+    said, name = str(error), type(target).__name__
+    if "randomness" in said:
+        return TargetError(f"{name} {RANDOM}.")
+    if "in-place arithmetic operator" in said or "inplace" in said.replace("-", ""):
+        return TargetError(f"{name} changes a tensor of its own {CHANGES}.")
+    if "vmap" in said or "batching rule" in said:
+        return TargetError(
+            f"{name} cannot run per task ({said.splitlines()[0][:120]}); write that"
+            " operation in others."
         )
+    return error
+
+
+RANDOM = "draws random numbers as it runs; call .eval() on it or take that out"
+CHANGES = "as it runs; call .eval() on it or take that out"
 
 
 def _in_autocast_dtype(
@@ -307,11 +421,10 @@ def _reason_to_refuse(layer: nn.Module) -> str | None:
         return (
             "draws random numbers in training mode; call .eval() on it or take it out"
         )
-    if isinstance(layer, nn.RNNBase):
-        return (
-            "is recurrent, and its fused code cannot run per task; loop over its cell"
-            " (nn.LSTMCell, nn.GRUCell)"
-        )
+    if isinstance(layer, nn.RNNBase | nn.LSTMCell):
+        return "cannot run per task in PyTorch; loop over nn.GRUCell, or write it out"
+    if layer.training and type(layer).__name__ == "_SpectralNorm":
+        return "changes itself in training mode; call .eval() on it"
     if any(
         nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)
     ):
@@ -331,17 +444,30 @@ def _couples(layer: nn.modules.batchnorm._NormBase) -> bool:
     )
 
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+KNOWN = (  # layers whose weight and bias have a fan-in, whatever their values
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.modules.conv._ConvNd,
+)
+
+
 def _describe(name: str, parameter: Tensor, module: nn.Module) -> TensorSpec:
     """Shape, fans and ordinary starting scale of one parameter."""
     layer = module.get_submodule(name.rpartition(".")[0])
     weight = getattr(layer, "weight", parameter)
-    if (
-        weight.ndim < 2
-    ):  # no fan-in, as in a normalisation layer: start where the module itself starts
-        return TensorSpec(
-            name, _shape(parameter), centre=float(parameter.detach().mean())
-        )
+    if weight.ndim < 2 or isinstance(layer, NORMS) or _starts_equal(layer, parameter):
+        # no fan-in, as in a normalisation layer: start where the module itself starts
+        centre = float(parameter.detach().float().mean())
+        return TensorSpec(name, _shape(parameter), centre=centre)
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-    return TensorSpec(
-        name, _shape(parameter), fan_in, fan_out, spread=1 / math.sqrt(3 * fan_in)
-    )
+    spread = 1 / math.sqrt(3 * fan_in)
+    return TensorSpec(name, _shape(parameter), fan_in, fan_out, spread=spread)
+
+
+def _starts_equal(layer: nn.Module, parameter: Tensor) -> bool:
+    """Whether a tensor of no known layer is one number throughout, as a scale is."""
+    if isinstance(layer, KNOWN) or parameter.is_meta:
+        return False
+    return bool((parameter == parameter.flatten()[0]).all())

@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
         "classification",
         "optimizers",
     },
-    {"fitting"},
+    {"fitting", "export"},
     {"course.statistics", "course.records", "course.exercises", "course.explorer"},
     {"course.plots"},
     {"course.status", "course.studies", "course.report"},

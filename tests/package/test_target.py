@@ -2,10 +2,15 @@
 loop.
 """
 
+import copy
+import re
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from minisupernet.errors import TargetError
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
@@ -191,7 +196,7 @@ def test_normalisation_layers_start_at_one_and_zero():
             nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)),
             r"layer '1' \(Dropout\) draws random numbers",
         ),
-        (nn.Sequential(nn.GRU(3, 4)), r"layer '0' \(GRU\) is recurrent"),
+        (nn.Sequential(nn.GRU(3, 4)), r"layer '0' \(GRU\) cannot run per task"),
         (
             nn.Sequential(nn.LazyLinear(3)),
             r"layer '0' \(LazyLinear\) does not know its shape",
@@ -241,3 +246,181 @@ def test_wrong_weights_are_refused_in_one_sentence():
         TargetError, match=r"expected weights of shape \(T, 37165\), got \(2, 5\)"
     ):
         spec.split(torch.zeros(2, 5))
+
+
+class Shared(nn.Module):
+    """One layer, reachable under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 1), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.scale * self.layer(x)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return h, {"relu": h.relu()}
+
+
+class Drop(Two):
+    def forward(self, x):
+        return F.dropout(self.layer(x), 0.5, self.training)
+
+
+class Count(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x):
+        self.seen += 1
+        return self.layer(x) + self.seen
+
+
+@pytest.mark.parametrize("kind", [Shared, Tied, Scaled])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_target_with_shared_parts_is_run_right_and_never_touched(kind, tasks):
+    net, x = kind(), torch.randn(tasks, 4, 6)
+    own = dict(net.named_parameters(remove_duplicate=False))
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    spec = WeightSpec.of(net)
+    weights = spec.split(spec.draw(tasks, torch.Generator().manual_seed(0)))
+    found = run_tasks(net, weights, x)
+    for t in range(tasks):
+        alone = copy.deepcopy(net)
+        with torch.no_grad():
+            for name, parameter in alone.named_parameters():
+                parameter.copy_(weights[name][t])
+        torch.testing.assert_close(found[t], alone(x[t]))
+    after = dict(net.named_parameters(remove_duplicate=False))
+    assert all(after[name] is parameter for name, parameter in own.items())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    copy.deepcopy(net)(x[0])
+
+
+def test_a_scalar_parameter_is_a_weight_of_no_axis():
+    spec = WeightSpec.of(Scaled())
+    weights = spec.split(torch.arange(16.0).view(2, 8))
+    assert weights["scale"].shape == (2,)
+    assert torch.equal(spec.join(weights), torch.arange(16.0).view(2, 8))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm((8, 8, 8)), nn.RMSNorm((8, 8)), nn.GroupNorm(2, 8)]
+)
+def test_a_normalisation_of_several_axes_starts_where_the_module_has_it(layer):
+    spec = WeightSpec.of(nn.Sequential(nn.Conv2d(3, 8, 3), layer))
+    scale = next(tensor for tensor in spec.tensors if tensor.name == "1.weight")
+    assert (scale.centre, scale.spread) == (1.0, 0.0)
+
+
+def test_a_scale_of_ones_of_ones_own_starts_at_one():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.full((8, 1, 1), 0.1))
+            self.matrix = nn.Parameter(torch.randn(8, 4))
+
+    gamma, matrix = WeightSpec.of(Own()).tensors
+    assert (gamma.centre, gamma.spread) == (pytest.approx(0.1), 0.0)
+    assert matrix.centre == 0 and matrix.spread > 0
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Drop, "Drop draws random numbers as it runs; call .eval()"),
+        (Count, "changes its buffer 'seen' as it runs; call .eval()"),
+    ],
+)
+def test_what_is_drawn_or_changed_is_refused_for_any_number(kind, said, tasks):
+    net = kind()
+    spec = WeightSpec.of(net)
+    weights = spec.split(spec.draw(tasks, torch.Generator().manual_seed(0)))
+    with pytest.raises(TargetError, match=re.escape(said)):
+        run_tasks(net, weights, torch.randn(tasks, 4, 6))
+    if kind is Count:
+        assert not net.seen.any()
+    else:
+        run_tasks(net.eval(), weights, torch.randn(tasks, 4, 6))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_several_outputs_keep_their_form(tasks):
+    spec = WeightSpec.of(Two())
+    weights = spec.split(spec.draw(tasks, torch.Generator().manual_seed(0)))
+    first, named = run_tasks(Two(), weights, torch.randn(tasks, 4, 6))
+    assert first.shape == named["relu"].shape == (tasks, 4, 2)
+    assert torch.equal(first.relu(), named["relu"])
+
+
+def test_a_cell_that_cannot_run_per_task_is_named_with_advice_that_works():
+    class Loop(nn.Module):
+        def __init__(self, cell: type) -> None:
+            super().__init__()
+            self.cell = cell(6, 4)
+
+        def forward(self, x):
+            state = None
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return state
+
+    with pytest.raises(TargetError, match=r"'cell' \(LSTMCell\) .* nn.GRUCell"):
+        WeightSpec.of(Loop(nn.LSTMCell))
+    spec, net = WeightSpec.of(Loop(nn.GRUCell)), Loop(nn.GRUCell)
+    weights = spec.split(spec.draw(2, torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is slow under vmap, and right
+        assert run_tasks(net, weights, torch.randn(2, 3, 5, 6)).shape == (2, 3, 4)
+
+
+def test_spectral_norm_in_training_mode_is_named():
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 2))
+    with pytest.raises(TargetError, match="changes itself in training mode"):
+        WeightSpec.of(net)
+    WeightSpec.of(net.eval())
+
+
+def test_many_networks_can_be_exported():
+    target = TaskClassifier(4)
+    spec = WeightSpec.of(target)
+
+    class Many(nn.Module):
+        def forward(self, flat, images):
+            return run_tasks(target, spec.split(flat), images)
+
+    flat = spec.draw(2, torch.Generator().manual_seed(0))
+    inputs = flat, torch.randn(2, 3, 3, 32, 32)
+    program = torch.export.export(Many(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), Many()(*inputs))
