@@ -9,7 +9,7 @@ import yaml
 from support import ROOT
 
 PHONE = {"width": 390, "height": 844}
-WIDE_LETTERS = "*:not(mjx-container *) { letter-spacing: 0.06em !important; }"
+WIDE_LETTERS = "*:not(mjx-container *) { letter-spacing: 0.2em !important; }"
 
 FAMILIES = """() => document.fonts.ready.then((letters) =>
   [...letters].filter((each) => each.status === "loaded").map((each) => each.family))"""
