@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from minisupernet.data import augment, load, normalise, shapes
+from minisupernet.data.needs import NEEDS, chapters_served
 from minisupernet.errors import DataError
 from minisupernet.files import data_folder
 
@@ -587,6 +588,34 @@ def test_npz_that_is_not_as_described(tmp_path, changes, words):
     assert str(path) in one_sentence(error)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(("first", "without"), [(1, None), (0, 2), (0, 0)])
+def test_npz_with_a_gap_in_its_labels_is_refused(tmp_path, part, first, without):
+    labels = [number for number in range(first, first + 6) if number != without]
+    other = list(range(first + 6))  # the other part is whole
+    sets = {part: np.repeat(labels, 3), ({"train", "test"} - {part}).pop(): other}
+    arrays = {f"{name}_labels": np.array(numbers) for name, numbers in sets.items()}
+    for name, numbers in sets.items():
+        arrays[f"{name}_images"] = np.zeros((len(numbers), 32, 32, 3), np.uint8)
+    empty = 0 if first else without
+    words = (
+        f"class {empty} in .* has no {part} images; number the classes from 0 without"
+        " gaps"
+    )
+    with pytest.raises(DataError, match=words) as error:
+        load(save(tmp_path / "own.npz", **arrays))
+    one_sentence(error)
+
+
+def test_npz_with_a_name_too_many_or_a_single_class_is_refused(tmp_path):
+    names = np.array(["cat", "dog", "frog", "newt"])
+    with pytest.raises(DataError, match="class 3 in .* has no train images"):
+        load(save(tmp_path / "own.npz", class_names=names))
+    labels = {"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}
+    with pytest.raises(DataError, match="holds a single class; give at least two"):
+        load(save(tmp_path / "own.npz", **labels))
+
+
 def test_npz_that_is_missing(tmp_path):
     with pytest.raises(DataError, match="there is no file .*none.npz; check the path"):
         load(tmp_path / "none.npz")
@@ -620,6 +649,56 @@ def test_other_files_named_npz(tmp_path):
     path.write_bytes(pickle.dumps({"train_images": 1}))
     with pytest.raises(DataError, match="not a whole .npz"):
         load(path)
+
+
+# what a chapter needs
+
+
+def image_file(path: Path, classes: int, train: int = 20, test: int = 10) -> Path:
+    """An .npz with so many classes and so many black images of each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for part, count in (("train", train), ("test", test)):
+        arrays[f"{part}_labels"] = np.arange(classes).repeat(count)
+        arrays[f"{part}_images"] = np.zeros((classes * count, 32, 32, 3), np.uint8)
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("chapter", sorted(NEEDS))
+def test_the_least_that_a_chapter_needs_serves_and_less_does_not(tmp_path, chapter):
+    least = dataclasses.asdict(NEEDS[chapter])
+    assert load(image_file(tmp_path / "own.npz", **least), chapter=chapter)
+    for what in least:
+        fewer = image_file(tmp_path / "own.npz", **least | {what: least[what] - 1})
+        words = f"the file own.npz has .*fewer than the {least[what]} that chapter"
+        with pytest.raises(DataError, match=f"{words} {chapter} needs") as error:
+            load(fewer, chapter=chapter)
+        one_sentence(error)
+
+
+def test_auto_takes_what_serves_the_chapter_and_says_so(folder, few_shapes, capsys):
+    image_file(folder / "cifar10.npz", classes=10)
+    assert load(chapter=7).name == "cifar10"
+    assert capsys.readouterr().out.startswith("Images: CIFAR-10 from the data folder")
+    with pytest.raises(DataError, match="Shapes-100.* has 2 train images of class 0"):
+        load(chapter=8)  # the stand-in of this test is smaller than the real one
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("Images: Shapes-100")
+    assert "has 10 classes, fewer than the 12 that chapter 8 needs" in said
+
+
+def test_which_chapters_a_set_serves_is_said_in_one_sentence(tmp_path):
+    def said(classes: int) -> str:
+        return chapters_served(load(image_file(tmp_path / "own.npz", classes)))
+
+    assert said(12) == "Chapters 1, 2, 3, 4, 5, 6, 7, 8, 10 run on these images."
+    assert said(10).endswith(
+        "chapter 8 does not: 10 classes, fewer than the 12 it needs."
+    )
+    assert said(4).startswith("No chapter runs on the file own.npz: 4 classes")
+    with pytest.raises(DataError, match="chapter 9 reads no images"):
+        load(tmp_path / "own.npz", chapter=9)
 
 
 # augmentation
