@@ -21,7 +21,7 @@ from minisupernet.data.npz import read_npz
 from minisupernet.errors import DataError, FileError
 from minisupernet.files import data_folder, whole_file
 
-__all__ = ["ImageSet", "augment", "is_at_hand", "load", "normalise"]
+__all__ = ["ImageSet", "augment", "held_back", "is_at_hand", "load", "normalise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +229,13 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     # never 0, so that a flat colour can be normalised
     deviation = variance.clamp(min=1 / 255**2).sqrt()
     return mean.float(), deviation.float()
+
+
+def held_back(count: int, most: int) -> int:
+    """How many of `count` training images are kept back for validation: at most a fifth
+    of them, and at most `most`.
+    """
+    return min(count // 5, most)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
