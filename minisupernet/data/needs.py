@@ -1,14 +1,9 @@
 """What a chapter needs of an image set: the one place that says so."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from minisupernet.data.images import ImageSet
 from minisupernet.errors import DataError
-
-if TYPE_CHECKING:
-    from minisupernet.data.images import ImageSet
 
 __all__ = ["NEEDS", "Need", "chapters_served", "lacking", "need"]
 
