@@ -258,17 +258,29 @@ def test_a_whole_dataset_has_the_first_train_images_and_all_test_images(squares)
         (Shape(way=5), "needs 2 to 4 of these classes, not 5"),
         (Shape(way=1), "not 1"),
         (Shape(2, support=0), "at least 1 support image"),
+        (Shape(2, query=0), "at least 1 query image"),
         (Shape(2, 20, 5), "24 train and 12 test images, too few"),
     ],
 )
 def test_episodes_that_cannot_be_drawn_are_refused(squares, shape, words):
-    with pytest.raises(EpisodeError, match=words):
-        Episodes(squares, range(4)).draw(0, 0, shape, 1)
+    episodes = Episodes(squares, range(4))
+    for refused in (
+        lambda: episodes.draw(0, 0, shape, 1),
+        lambda: episodes.check(shape),
+    ):
+        with pytest.raises(EpisodeError, match=words):
+            refused()
+    with pytest.raises(EpisodeError, match="at least 1 episode can be drawn, not 0"):
+        episodes.draw(0, 0, Shape(2), 0)
 
 
 def test_classes_that_are_not_there_are_refused(squares):
-    with pytest.raises(EpisodeError, match="numbers from 0 to 9"):
-        Episodes(squares, [3, 10])
+    for classes in ([3, 10], [], [2, 2]):
+        with pytest.raises(EpisodeError, match="different numbers from 0 to 9"):
+            Episodes(squares, classes)
+    for datasets in ([], [[1, 2], [1]], [[1, 1]]):
+        with pytest.raises(EpisodeError, match="equally many classes, no class twice"):
+            Episodes(squares, [1, 2]).whole(datasets, 2)
     with pytest.raises(EpisodeError, match=r"classes \[5\] are not among"):
         Episodes(squares, [1, 2]).whole([[1, 5]], 2)
 
