@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.data import ImageSet, augment, normalise
+from minisupernet.data.images import held_back
 from minisupernet.seeds import step_generator
 from minisupernet.training import History, one_cycle, train
 
@@ -20,7 +21,8 @@ class Pictures:
     images.
 
     Args:
-        validation: training images held back, the same for every seed.
+        validation: training images held back, at most a fifth of all, the same for
+            every seed.
         batch: images in a batch. `crop`: random shifts of up to so many pixels, beside
             random flips.
         pool: side of the squares of pixels that are averaged before a network sees
@@ -38,24 +40,25 @@ class Pictures:
         most: int | None = None,
     ) -> None:
         self.images, self.size, self.crop, self.pool = images, batch, crop, pool
-        order = torch.randperm(
-            len(images.train_labels), generator=torch.Generator().manual_seed(0)
+        order = _fixed_order(len(images.train_labels)).to(images.device)
+        kept = held_back(len(order), validation)
+        self.validation, self.train = order.tensor_split([kept])
+        self.test = _fixed_order(len(images.test_labels))[:most]
+
+    def describe(self) -> str:
+        """How the images are split, in one sentence."""
+        return (
+            f"Images: {len(self.train):,} to train on, {len(self.validation):,} for"
+            f" validation, {len(self.test):,} for tests."
         )
-        self.validation, self.train = order.to(images.device).tensor_split([validation])
-        self.test = torch.randperm(
-            len(images.test_labels), generator=torch.Generator().manual_seed(0)
-        )[:most]
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
         """Training images (B, 3, H, W) float32, flipped and shifted at random, and
         labels (B,) of one step.
         """
         random = step_generator(seed, step)
-        chosen = self.train[
-            torch.randint(len(self.train), (self.size,), generator=random).to(
-                self.train.device
-            )
-        ]
+        places = torch.randint(len(self.train), (self.size,), generator=random)
+        chosen = self.train[places.to(self.train.device)]
         pixels = augment(self.images.train_images[chosen], random, crop=self.crop)
         return self.prepare(pixels), self.images.train_labels[chosen]
 
@@ -63,9 +66,8 @@ class Pictures:
         """Normalise and pool images (B, 3, 32, 32) uint8, to (B, 3, 32 / pool, 32 /
         pool) float32.
         """
-        return F.avg_pool2d(
-            normalise(pixels, self.images.mean, self.images.std), self.pool
-        )
+        normal = normalise(pixels, self.images.mean, self.images.std)
+        return F.avg_pool2d(normal, self.pool)
 
     def accuracy(self, network: nn.Module, part: str) -> float:
         """Share of the "validation" or "test" images that the network gets right, in
@@ -76,6 +78,11 @@ class Pictures:
         pixels = getattr(self.images, f"{own}_images")[rows]
         labels = getattr(self.images, f"{own}_labels")[rows]
         return accuracy(network, self.prepare, pixels, labels)
+
+
+def _fixed_order(count: int) -> Tensor:
+    """A random order of so many images, always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

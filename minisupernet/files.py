@@ -1,10 +1,11 @@
 """Files that are either whole or not there, and the folder of the image files."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from minisupernet.errors import FileError
 
@@ -44,10 +45,4 @@ def data_folder() -> Path:
     """
     if chosen := os.environ.get("MINISUPERNET_DATA"):
         return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        cache = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "minisupernet"
+    return user_cache_path("minisupernet", appauthor=False, opinion=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minisupernet.data.tasks import TaskImages
+from minisupernet.data.tasks import TaskImages, which_class
 from minisupernet.errors import FitError
 from minisupernet.optimizers import TensorFlowRMSprop
 from minisupernet.supernet import SuperNet, TaskVectors
@@ -23,6 +23,7 @@ from minisupernet.training import History, constant, frozen, one_cycle, train
 __all__ = [
     "Fit",
     "accuracy",
+    "class_accuracy",
     "fit_shared",
     "fit_weights",
     "fit_z",
@@ -230,6 +231,20 @@ def accuracy(
         guesses = (run_tasks(target, weights, images) > 0).float()  # (T, b)
         right, count = right + ((guesses == labels) & real).sum(1), count + real.sum(1)
     return right / count
+
+
+@torch.no_grad()
+def class_accuracy(
+    target: nn.Module, weights: Weights, data: TaskImages, split: str = "test"
+) -> float:
+    """The share of "test" or "validation" images whose class the T networks find
+    together, one of all that the tasks of `data` ask about (`which_class`).
+    """
+    right = []
+    for images, classes in data.shared(split):
+        guesses = which_class(data.tasks, run_tasks(target, weights, images))
+        right.append(guesses == classes)
+    return torch.cat(right).float().mean().item()
 
 
 def train_generator(

@@ -191,12 +191,10 @@ class ClassVectors(nn.Module):
 
     def __init__(self, tasks: BinaryTasks, z_dim: int, seed: int = 0) -> None:
         super().__init__()
-        classes = max(*tasks.positive, *tasks.negative) + 1
-        random = torch.randn(classes, z_dim, generator=step_generator(seed, -1))
-        self.u = nn.Parameter(random / math.sqrt(2 * z_dim))
-        self.register_buffer(
-            "pairs", torch.tensor([tasks.positive, tasks.negative]), persistent=False
-        )  # (2, T)
+        random = step_generator(seed, -1)
+        u = torch.randn(tasks.classes[-1] + 1, z_dim, generator=random)
+        self.u = nn.Parameter(u / math.sqrt(2 * z_dim))
+        self.register_buffer("pairs", tasks.pairs(), persistent=False)  # (2, T)
 
     def forward(self, numbers: Tensor) -> Tensor:
         """The vectors of the tasks with these numbers, (M,) -> (M, z_dim)."""

@@ -11,6 +11,17 @@ document.addEventListener("DOMContentLoaded", () => {
   // References carry roles that browsers have given up.
   each(".citation-list, .citation", (element) => element.removeAttribute("role"));
 
+  // A figure's own width, for small screens; where it scrolls there, the keyboard reaches it.
+  each(".cell_output > img", (image) => {
+    const note = () => {
+      image.style.setProperty("--width", `${image.naturalWidth}px`);
+      const box = image.parentElement;
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    };
+    if (image.complete) note();
+    else image.addEventListener("load", note);
+  });
+
   // Names: the search button has its own words, and the side bar is a landmark.
   each(".search-button-field", (button) => button.removeAttribute("aria-label"));
   each(".bd-sidebar-primary", (bar) => {

@@ -35,6 +35,12 @@ The full runs on real data that the chapters draw, from the folder `results`; a 
 number is that of its chapter. Hours are summed over all runs.
 
 {}
+
+## The set-ups
+
+What the tables above name by its number: a device, and the versions on it.
+
+{}
 """
 
 
@@ -81,25 +87,27 @@ def status_page(notebooks: Sequence[Path], results: Iterable[Path]) -> str:
         "Profile",
         "Images",
         "Code cells",
-        "On",
-        "Versions",
+        "Set-up",
     ]
-    ran = [_notebook_line(path) for path in notebooks]
-    records_header = ["File", "Runs", "Hours", "Images", "On", "Versions", "Commits"]
+    setups: list[str] = []
+    ran = [_notebook_line(path, setups) for path in notebooks]
+    records_header = ["File", "Runs", "Hours", "Images", "Set-up", "Commits"]
     records = [
-        _record_line(path, load_runs(path))
+        _record_line(path, load_runs(path), setups)
         for path in results
         if b'"runs"' in path.read_bytes()
     ]
-    return PAGE.format(table(header, ran).data, table(records_header, records).data)
+    tables = table(header, ran).data, table(records_header, records).data
+    named = "\n".join(f"{number}. {setup}" for number, setup in enumerate(setups, 1))
+    return PAGE.format(*tables, named)
 
 
-def _notebook_line(path: Path) -> list[str]:
+def _notebook_line(path: Path, setups: list[str]) -> list[str]:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     notes = notebook["metadata"].get(NOTES)
     if not notes:
-        return [_link(path), "not recorded", "", "", "", str(len(cells)), "", ""]
+        return [_link(path), "not recorded", "", "", "", str(len(cells)), ""]
     said = CHOSEN.search(
         "\n".join(
             "".join(output.get("text", ""))
@@ -114,16 +122,15 @@ def _notebook_line(path: Path) -> list[str]:
         notes["profile"],
         images,
         str(len(cells)),
-        notes["device"],
+        _number(notes, setups),
     ]
-    return [_link(path), *ran, _named(notes["versions"])]
+    return [_link(path), *ran]
 
 
-def _record_line(path: Path, runs: list[dict]) -> list[str]:
+def _record_line(path: Path, runs: list[dict], setups: list[str]) -> list[str]:
     hours = f"{sum(run['seconds'] for run in runs) / 3600:.1f}"
     kinds = [
-        (run["data"]["name"], run["device"], _named(run["versions"]), run["commit"][:7])
-        for run in runs
+        (run["data"]["name"], _number(run, setups), run["commit"][:7]) for run in runs
     ]
     named = ("; ".join(sorted(set(each))) for each in zip(*kinds, strict=True))
     return [path.stem.replace("_", " "), str(len(runs)), hours, *named]
@@ -141,8 +148,13 @@ def _device(cores: int) -> str:
     )
 
 
-def _named(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _number(run: Mapping[str, Any], setups: list[str]) -> str:
+    """The number of the run's set-up among `setups`, which it joins where it is new."""
+    versions = (f"{name} {version}" for name, version in run["versions"].items())
+    setup = f"{run['device']}; {', '.join(versions)}"
+    if setup not in setups:
+        setups.append(setup)
+    return str(setups.index(setup) + 1)
 
 
 def _link(path: Path) -> str:

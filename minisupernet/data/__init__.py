@@ -2,6 +2,7 @@
 text.
 """
 
-from minisupernet.data.images import ImageSet, augment, load, normalise
+from minisupernet.data.images import ImageSet, augment, normalise
+from minisupernet.data.loading import load
 
 __all__ = ["ImageSet", "augment", "load", "normalise"]

@@ -1,13 +1,12 @@
-"""The files images come in: the official CIFAR files, downloaded and checked, and .npz
-files, as plain arrays.
+"""CIFAR-100 and CIFAR-10 as plain arrays, from the official files, by torchvision's own
+reader, and their download.
 
-Both readers give `train_images` (N, 32, 32, 3) uint8, `train_labels` (N,),
-`test_images`, `test_labels`, `class_names`.
+No file is unpickled before its md5 sum is right, and a download is either whole or not
+there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -31,38 +30,37 @@ def read_cifar(name: str, folder: Path) -> dict[str, np.ndarray]:
     """The arrays of "cifar100" or "cifar10" from the official files in `folder`,
     downloaded where they are not there.
 
-    CIFAR-100 also has `superclass_of` (100,) and `superclass_names`. No file is
-    unpickled before its md5 sum is right.
+    `train_images` (N, 32, 32, 3) uint8, `train_labels` (N,), `test_images`,
+    `test_labels` and `class_names`; CIFAR-100 also has `superclass_of` (100,) and
+    `superclass_names`.
 
     Raises:
         DataError: where a file is missing or damaged, the download fails, or `folder`
             cannot be written.
     """
-    official = _official(name)
-    if not (folder / CIFAR_FOLDERS[name]).exists():
-        _download(name, official, folder)
-    key = "fine_labels" if name == "cifar100" else "labels"
-    arrays = {}
-    for part, files in (("train", official.train_list), ("test", official.test_list)):
-        batches = [_unpickle(folder, name, file, md5) for file, md5 in files]
-        pixels = np.concatenate(
-            [batch["data"] for batch in batches]
-        )  # (N, 3072), colour by colour
-        arrays[f"{part}_images"] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        arrays[f"{part}_labels"] = np.concatenate([batch[key] for batch in batches])
-    meta = _unpickle(folder, name, official.meta["filename"], official.meta["md5"])
-    arrays["class_names"] = np.array(meta[official.meta["key"]])
-    if name == "cifar100":
-        (test,) = batches
-        arrays["superclass_of"] = np.zeros(100, dtype=np.int64)
-        arrays["superclass_of"][test["fine_labels"]] = test["coarse_labels"]
-        arrays["superclass_names"] = np.array(meta["coarse_label_names"])
-    return arrays
+    reader, place = _reader(name), folder / CIFAR_FOLDERS[name]
+    if not place.exists():
+        _download(name, reader, folder)
+    try:
+        train, test = reader(folder, train=True), reader(folder, train=False)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{_fault(reader, folder) or error}; delete the folder {place} and call"
+            f' load("{name}") to download it again.'
+        ) from error
+    arrays = {
+        "train_images": train.data,
+        "train_labels": np.array(train.targets),
+        "test_images": test.data,
+        "test_labels": np.array(test.targets),
+        "class_names": np.array(train.classes),
+    }
+    return arrays | (_superclasses(place) if name == "cifar100" else {})
 
 
-def _official(name: str) -> Any:
-    """torchvision's description of a CIFAR set: its address, its files and their md5
-    sums.
+def _reader(name: str) -> Any:
+    """torchvision's class for a CIFAR set, which knows its address, its files and their
+    md5 sums.
     """
     try:
         from torchvision import datasets
@@ -75,62 +73,64 @@ def _official(name: str) -> Any:
     return datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
 
 
-def _verified(path: Path, md5: str, cure: str) -> bytes:
-    """The bytes of a file whose md5 sum is right."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing; {cure}.") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {cure}.") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise DataError(
-            f"{path} is damaged or cut short, as its md5 sum is not {md5}; {cure}."
-        )
-    return content
+def _superclasses(place: Path) -> dict[str, np.ndarray]:
+    """The coarse class of each fine one, which torchvision leaves in files that it has
+    checked."""
+    test, meta = (
+        pickle.loads((place / file).read_bytes(), encoding="latin1")
+        for file in ("test", "meta")
+    )
+    superclass_of = np.zeros(len(meta["fine_label_names"]), dtype=np.int64)
+    superclass_of[test["fine_labels"]] = test["coarse_labels"]
+    names = np.array(meta["coarse_label_names"])
+    return {"superclass_of": superclass_of, "superclass_names": names}
 
 
-def _unpickle(folder: Path, name: str, file: str, md5: str) -> dict[str, Any]:
-    place = folder / CIFAR_FOLDERS[name]
-    cure = f'delete the folder {place} and call load("{name}") to download it again'
-    return pickle.loads(_verified(place / file, md5, cure), encoding="latin1")
+def _fault(reader: Any, folder: Path) -> str | None:
+    """Which official file in `folder` is missing or damaged, in words; None where all
+    are right.
+    """
+    from torchvision.datasets.utils import check_integrity
+
+    meta = (reader.meta["filename"], reader.meta["md5"])
+    for file, md5 in (*reader.train_list, *reader.test_list, meta):
+        path = folder / reader.base_folder / file
+        if not path.exists():
+            return f"{path} is missing"
+        try:
+            if not check_integrity(path, md5):
+                return f"{path} is damaged or cut short, as its md5 sum is not {md5}"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+    return None
 
 
-def _download(name: str, official: Any, folder: Path) -> None:
+def _download(name: str, reader: Any, folder: Path) -> None:
     """Download and unpack into a staging folder, check every file, then move the whole
     folder into place.
     """
+    from torchvision.datasets.utils import download_and_extract_archive
+
     staging = folder / f".{name}-staging"
     with _alone(folder, name):
         if (folder / CIFAR_FOLDERS[name]).exists():
             return  # another process has downloaded it meanwhile
         shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
         try:
-            _fetch(official, staging)
-            (staging / official.base_folder).replace(folder / CIFAR_FOLDERS[name])
+            download_and_extract_archive(
+                reader.url, staging, filename=reader.filename, md5=reader.tgz_md5
+            )
+            if fault := _fault(reader, staging):
+                raise DataError(f"{fault}: the archive is not the official one")
+            (staging / reader.base_folder).replace(folder / CIFAR_FOLDERS[name])
         except (OSError, RuntimeError, HTTPException, DataError) as error:
             raise DataError(
-                f"the download of {official.url} failed ({error}) and nothing of it was"
-                " kept; "
-                f'check the network and the free space, then call load("{name}") again.'
+                f"the download of {reader.url} failed ({error}) and nothing of it was"
+                " kept; check the network and the free space, then call"
+                f' load("{name}") again.'
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _fetch(official: Any, staging: Path) -> None:
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    download_and_extract_archive(
-        official.url, str(staging), filename=official.filename, md5=official.tgz_md5
-    )
-    meta = (official.meta["filename"], official.meta["md5"])
-    for file, md5 in (*official.train_list, *official.test_list, meta):
-        _verified(
-            staging / official.base_folder / file,
-            md5,
-            "the archive is not the official one",
-        )
 
 
 @contextmanager

@@ -65,7 +65,8 @@ class Episodes:
         flip: mirror each image with chance one half.
 
     Raises:
-        EpisodeError: for a class the image set does not have.
+        EpisodeError: for no class, a class the image set does not have, or one that is
+            given twice.
     """
 
     def __init__(
@@ -75,17 +76,27 @@ class Episodes:
         test: bool = False,
         flip: bool = False,
     ) -> None:
-        if not classes or not set(classes) <= set(range(images.classes)):
+        known = set(range(images.classes))
+        if not classes or not set(classes) <= known or len(set(classes)) < len(classes):
             raise EpisodeError(
-                f"classes must be numbers from 0 to {images.classes - 1}, at least one"
-                " of them."
+                f"classes must be different numbers from 0 to {images.classes - 1}, at"
+                " least one of them."
             )
         self.images, self.test, self.flip = images, test, flip
-        self.classes = torch.tensor(
-            classes
-        )  # episodes are drawn on the CPU, so that a GPU waits for no number
+        # episodes are drawn on the CPU, so that a GPU waits for no number
+        self.classes = torch.tensor(classes)
         self.train_members = _by_class(images.train_labels.cpu(), classes)
         self.test_members = _by_class(images.test_labels.cpu(), classes)
+
+    def check(self, shape: Shape) -> None:
+        """See, before anything is trained, that episodes of this form can be drawn.
+
+        Raises:
+            EpisodeError: where there are too few classes, or too few images of a class.
+        """
+        if shape.query < 1:
+            raise EpisodeError("an episode needs at least 1 query image of each class.")
+        self._check(shape)
 
     def draw(self, step: int, seed: int, shape: Shape, count: int) -> Batch:
         """`count` random episodes, a function of `seed` and `step` alone.
@@ -93,41 +104,42 @@ class Episodes:
         Raises:
             EpisodeError: where there are too few classes, or too few images of a class.
         """
-        self._check(shape)
+        self.check(shape)
+        if count < 1:
+            raise EpisodeError(f"at least 1 episode can be drawn, not {count}.")
         random = step_generator(seed, step)
-        places = [
-            torch.randperm(len(self.classes), generator=random)[: shape.way]
-            for _ in range(count)
-        ]
+        orders = (
+            torch.randperm(len(self.classes), generator=random) for _ in range(count)
+        )
+        places = torch.stack([order[: shape.way] for order in orders])  # (T, way)
         support, query = [], []
-        for place in torch.stack(places).flatten().tolist():  # T * way classes
+        for place in places.flatten().tolist():
             own = self.train_members[place]
             own = own[torch.randperm(len(own), generator=random)]
-            other = self.test_members[place] if self.test else own[shape.support :]
-            order = (
-                torch.randperm(len(other), generator=random)
-                if self.test
-                else slice(None)
-            )
+            other = own[shape.support :]
+            if self.test:
+                other = self.test_members[place]
+                other = other[torch.randperm(len(other), generator=random)]
             support.append(own[: shape.support])
-            query.append(other[order][: shape.query])
-        return self._batch(
-            torch.stack(places), support, query, random if self.flip else None
-        )
+            query.append(other[: shape.query])
+        return self._batch(places, support, query, random if self.flip else None)
 
     def whole(self, datasets: Sequence[Sequence[int]], support: int) -> Batch:
         """Given datasets, each a list of classes: the first `support` train images and
         all test images of each class.
 
         Raises:
-            EpisodeError: for a class that is not among these, or one with too few
-                images.
+            EpisodeError: for no dataset, datasets of different size, a class that is
+                twice in one or not among these, or one with too few images.
         """
+        sizes = {(len(each), len(set(each))) for each in datasets}
+        if len(sizes) != 1 or len(set(*sizes)) != 1:
+            raise EpisodeError(
+                "datasets must be lists of equally many classes, no class twice in one."
+            )
         place_of = {number: place for place, number in enumerate(self.classes.tolist())}
-        if (
-            missing := {number for each in datasets for number in each}
-            - place_of.keys()
-        ):
+        asked = {number for each in datasets for number in each}
+        if missing := asked - place_of.keys():
             raise EpisodeError(
                 f"classes {sorted(missing)} are not among these episodes' classes."
             )
@@ -138,12 +150,8 @@ class Episodes:
         )
         chosen = places.flatten().tolist()
         support_lists = [self.train_members[place][:support] for place in chosen]
-        return self._batch(
-            places,
-            support_lists,
-            [self.test_members[place][:least] for place in chosen],
-            test=True,
-        )
+        query_lists = [self.test_members[place][:least] for place in chosen]
+        return self._batch(places, support_lists, query_lists, test=True)
 
     def _batch(
         self,
@@ -179,9 +187,8 @@ class Episodes:
             )
         train = min(len(members) for members in self.train_members)
         test = min(len(members) for members in self.test_members)
-        if shape.support + (0 if self.test else shape.query) > train or (
-            self.test and shape.query > test
-        ):
+        wanted = shape.support + (0 if self.test else shape.query)
+        if wanted > train or (self.test and shape.query > test):
             raise EpisodeError(
                 f"the smallest class has {train} train and {test} test images, too few"
                 f" for {shape.support} support and {shape.query} query images."

@@ -296,16 +296,16 @@ def test_status_says_when_and_on_what_a_notebook_ran(tiny):
     notebook = json.loads(tiny.read_text())
     note_run(notebook, {"profile": "quick", "data": "auto", "seed": 0}, 12.4, threads=2)
     tiny.write_text(json.dumps(notebook))
-    chapter, ran, seconds, profile, images, cells, device, versions = line_of(
-        status_page([tiny], []), "01_tiny"
-    )
+    page = status_page([tiny], [])
+    chapter, ran, seconds, profile, images, cells, setup = line_of(page, "01_tiny")
     assert ran == datetime.now(UTC).date().isoformat() and (
         seconds,
         profile,
         cells,
     ) == ("12", "quick", "2")
-    assert images == "Shapes-100" and "torch 2" in versions and "python 3" in versions
-    assert device.endswith("cores: 2") or "NVIDIA" in device
+    (named,) = (line for line in page.splitlines() if line.startswith(f"{setup}. "))
+    assert images == "Shapes-100" and "torch 2" in named and "python 3" in named
+    assert "cores: 2; " in named or "NVIDIA" in named
 
 
 def test_a_note_names_no_folder_and_changes_nothing_else(tiny):
@@ -326,11 +326,12 @@ def test_status_sums_the_recorded_runs(tmp_path):
         {"seconds": 1800 * hours, "commit": f"{hours}bcdef0123", **machine}
         for hours in (1, 3)
     ]
+    runs[1]["versions"] = {"torch": "3"}
     (tmp_path / "06_runs.json").write_text(json.dumps({"runs": runs}))
     (tmp_path / "07_other.json").write_text(json.dumps({"sizes": []}))
     page = status_page([], sorted(tmp_path.glob("*.json")))
     assert (
-        line_of(page, "06 runs")[1:4] == ["2", "2.0", "cifar100"]
+        line_of(page, "06 runs")[1:5] == ["2", "2.0", "cifar100", "1; 2"]
         and "1bcdef0; 3bcdef0" in page
     )
     assert "07 other" not in page

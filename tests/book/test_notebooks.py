@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -19,6 +20,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from support import ROOT
 
 from minisupernet.course.runs.notebooks import stand_in_folder
+from minisupernet.course.runs.outputs import keep_outputs
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS = {"profile": "quick", "data": "auto", "seed": 0}
@@ -80,8 +82,15 @@ def definitions(source: str) -> dict[str, str]:
     return found
 
 
-def is_folded(cell: NotebookNode) -> bool:
+def is_titled(cell: NotebookNode) -> bool:
+    """Whether the cell is a solution or a mistake, which fold wherever they are
+    read."""
     return "hide-cell" in tags(cell) or cell.source.startswith("# @title")
+
+
+def only_imports(cell: NotebookNode) -> bool:
+    lines = ast.parse(cell.source).body
+    return all(isinstance(line, ast.Import | ast.ImportFrom) for line in lines)
 
 
 def test_the_book_has_exactly_these_notebooks():
@@ -99,6 +108,43 @@ def test_one_cell_of_parameters(path):
         for node in ast.parse(cell.source).body
     }
     assert values == PARAMETERS
+
+
+@each_notebook
+def test_a_chapter_opens_with_its_story(path):
+    install, parameters, *others = code_cells(read(path))
+    assert "pip" in install.source and "parameters" in tags(parameters)
+    assert "remove-cell" in tags(install) & tags(parameters)
+    assert not [cell for cell in others if "remove-cell" in tags(cell)]
+    imports = [cell for cell in others if only_imports(cell)]
+    assert imports[0] is others[0]
+    for cell in imports:
+        assert "hide-input" in tags(cell)
+        assert cell.metadata.mystnb.code_prompt_show == "Show the imports"
+
+
+@each_notebook
+def test_what_is_printed_in_a_row_is_one_output(path):
+    for cell in code_cells(read(path)):
+        names = [output.get("name") for output in cell.outputs]
+        pieces = [
+            first for first, second in pairwise(names) if first and first == second
+        ]
+        assert not pieces, f"stored in pieces: {cell.source[:60]}"
+
+
+def test_what_is_kept_of_a_run_is_whole_lines_and_no_parameters():
+    injected = new_code_cell("seed = 3", metadata={"tags": ["injected-parameters"]})
+    names = ("stdout", "stdout", "stderr", "stdout")
+    outputs = [new_output("stream", name=name, text=f"{name}\n") for name in names]
+    notebook = new_notebook(cells=[injected, new_code_cell("work()", outputs=outputs)])
+    keep_outputs(notebook)
+    assert tags(notebook.cells[0]) == {"injected-parameters", "remove-cell"}
+    assert [output.text for output in notebook.cells[1].outputs] == [
+        "stdout\nstdout\n",
+        "stderr\n",
+        "stdout\n",
+    ]
 
 
 @each_notebook
@@ -229,11 +275,11 @@ def test_what_was_printed_in_turn_is_stored_as_one(path):
 @each_notebook
 def test_solutions_and_mistakes_fold_everywhere(path):
     shown_as = {
-        "# @title What is checked": "Show what is checked",
         "# @title Solution": "Show the solution",
         "# @title A typical mistake": "Show a typical mistake",
+        "# @title What is checked": "Show what is checked",
     }
-    for cell in filter(is_folded, code_cells(read(path))):
+    for cell in filter(is_titled, code_cells(read(path))):
         assert "hide-cell" in tags(cell)  # the book, which says what it hides
         assert (
             cell.metadata.mystnb.code_prompt_show

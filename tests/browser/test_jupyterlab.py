@@ -32,20 +32,23 @@ EXPLORER = ".jupyter-widgets.widget-vbox:has(img.widget-image)"
 
 WATCH_BARS = """() => {
   window.widths = new Set();
-  const note = () => document.querySelectorAll(".jupyter-widgets .progress-bar").forEach(
-    (bar) => window.widths.add(bar.style.width));
-  new MutationObserver(note).observe(document.body, {subtree: true, childList: true, attributes: true});
+  const bars = () => document.querySelectorAll(".jupyter-widgets .progress-bar");
+  const note = () => bars().forEach((bar) => window.widths.add(bar.style.width));
+  const all = {subtree: true, childList: true, attributes: true};
+  new MutationObserver(note).observe(document.body, all);
 }"""
-ERRORS = """() => {
-  const cells = [...window.jupyterapp.shell.currentWidget.content.model.cells].filter((cell) => cell.type === "code");
-  return cells.flatMap((cell) => cell.outputs.toJSON()).filter((output) => output.output_type === "error")
-    .map((output) => `${output.ename}: ${output.evalue}`);
+CODE_CELLS = """[...window.jupyterapp.shell.currentWidget.content.model.cells]
+  .filter((cell) => cell.type === "code")"""
+ERRORS = f"""() => {CODE_CELLS}
+  .flatMap((cell) => cell.outputs.toJSON())
+  .filter((output) => output.output_type === "error")
+  .map((output) => `${{output.ename}}: ${{output.evalue}}`)"""
+ALL_RAN = f"""() =>
+  {CODE_CELLS}.every((cell) => cell.executionCount) || ({ERRORS})().length > 0"""
+PICTURE = """async (image) => {
+  const bytes = await (await fetch(image.src)).arrayBuffer();
+  return [...new Uint8Array(bytes)].join();
 }"""
-ALL_RAN = f"""() => {{
-  const cells = [...window.jupyterapp.shell.currentWidget.content.model.cells].filter((cell) => cell.type === "code");
-  return cells.every((cell) => cell.executionCount) || ({ERRORS})().length > 0;
-}}"""
-PICTURE = """async (image) => [...new Uint8Array(await (await fetch(image.src)).arrayBuffer())].join()"""
 
 
 def small(folder: Path) -> None:

@@ -3,6 +3,7 @@ wrong with them.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from minisupernet import data
 from minisupernet.data import augment, load, normalise, shapes
+from minisupernet.data.needs import NEEDS, chapters_served
 from minisupernet.errors import DataError
 from minisupernet.files import data_folder
 
@@ -53,8 +54,7 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
     return message
 
 
-# --- a small CIFAR-100 and a server that has it
-# -------------------------------------------------------------------
+# a small CIFAR-100 and a server that has it
 
 
 def small_cifar100() -> dict[str, bytes]:
@@ -200,7 +200,10 @@ def test_checksum_tells_sets_apart(stored):
     )
     changed = images.train_images.clone()
     changed[0, 0, 0, 0] += 1
-    assert data.replace(images, train_images=changed).checksum() != images.checksum()
+    assert (
+        dataclasses.replace(images, train_images=changed).checksum()
+        != images.checksum()
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "test", "meta"])
@@ -396,24 +399,21 @@ def test_torchvision_for_another_torch(folder, monkeypatch, tmp_path):
         load("cifar100")
 
 
-# --- the data folder and "auto"
-# -----------------------------------------------------------------------------------
+# the data folder and "auto"
 
 
-def test_data_folder(monkeypatch, tmp_path):
+def test_the_data_folder_is_the_one_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MINISUPERNET_DATA", str(tmp_path / "here"))
     assert data_folder() == tmp_path / "here"
-    monkeypatch.delenv("MINISUPERNET_DATA")
-    monkeypatch.setattr(sys, "platform", "linux")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems, other folders")
+def test_the_data_folder_is_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("MINISUPERNET_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert data_folder() == tmp_path / "cache" / "minisupernet"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert data_folder() == Path.home() / ".cache" / "minisupernet"
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert data_folder() == Path.home() / "Library" / "Caches" / "minisupernet"
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert data_folder() == tmp_path / "local" / "minisupernet"
 
 
 def test_unwritable_folder_stops_a_download(cifar, monkeypatch, tmp_path):
@@ -472,8 +472,7 @@ def test_unknown_name(folder):
     one_sentence(error)
 
 
-# --- the cache of Shapes-100
-# -------------------------------------------------------------------------------------
+# the cache of Shapes-100
 
 
 def test_shapes_are_cached_and_old_drawings_removed(folder, few_shapes, monkeypatch):
@@ -500,8 +499,7 @@ def test_a_damaged_cache_is_drawn_again(folder, few_shapes):
     assert len(cache.read_bytes()) == len(whole)
 
 
-# --- .npz files
-# -------------------------------------------------------------------------------------
+# .npz files
 
 
 def save(path: Path, **changes) -> Path:
@@ -590,6 +588,34 @@ def test_npz_that_is_not_as_described(tmp_path, changes, words):
     assert str(path) in one_sentence(error)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(("first", "without"), [(1, None), (0, 2), (0, 0)])
+def test_npz_with_a_gap_in_its_labels_is_refused(tmp_path, part, first, without):
+    labels = [number for number in range(first, first + 6) if number != without]
+    other = list(range(first + 6))  # the other part is whole
+    sets = {part: np.repeat(labels, 3), ({"train", "test"} - {part}).pop(): other}
+    arrays = {f"{name}_labels": np.array(numbers) for name, numbers in sets.items()}
+    for name, numbers in sets.items():
+        arrays[f"{name}_images"] = np.zeros((len(numbers), 32, 32, 3), np.uint8)
+    empty = 0 if first else without
+    words = (
+        f"class {empty} in .* has no {part} images; number the classes from 0 without"
+        " gaps"
+    )
+    with pytest.raises(DataError, match=words) as error:
+        load(save(tmp_path / "own.npz", **arrays))
+    one_sentence(error)
+
+
+def test_npz_with_a_name_too_many_or_a_single_class_is_refused(tmp_path):
+    names = np.array(["cat", "dog", "frog", "newt"])
+    with pytest.raises(DataError, match="class 3 in .* has no train images"):
+        load(save(tmp_path / "own.npz", class_names=names))
+    labels = {"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)}
+    with pytest.raises(DataError, match="holds a single class; give at least two"):
+        load(save(tmp_path / "own.npz", **labels))
+
+
 def test_npz_that_is_missing(tmp_path):
     with pytest.raises(DataError, match="there is no file .*none.npz; check the path"):
         load(tmp_path / "none.npz")
@@ -625,8 +651,57 @@ def test_other_files_named_npz(tmp_path):
         load(path)
 
 
-# --- augmentation
-# -------------------------------------------------------------------------------------
+# what a chapter needs
+
+
+def image_file(path: Path, classes: int, train: int = 20, test: int = 10) -> Path:
+    """An .npz with so many classes and so many black images of each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for part, count in (("train", train), ("test", test)):
+        arrays[f"{part}_labels"] = np.arange(classes).repeat(count)
+        arrays[f"{part}_images"] = np.zeros((classes * count, 32, 32, 3), np.uint8)
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("chapter", sorted(NEEDS))
+def test_the_least_that_a_chapter_needs_serves_and_less_does_not(tmp_path, chapter):
+    least = dataclasses.asdict(NEEDS[chapter])
+    assert load(image_file(tmp_path / "own.npz", **least), chapter=chapter)
+    for what in least:
+        fewer = image_file(tmp_path / "own.npz", **least | {what: least[what] - 1})
+        words = f"the file own.npz has .*fewer than the {least[what]} that chapter"
+        with pytest.raises(DataError, match=f"{words} {chapter} needs") as error:
+            load(fewer, chapter=chapter)
+        one_sentence(error)
+
+
+def test_auto_takes_what_serves_the_chapter_and_says_so(folder, few_shapes, capsys):
+    image_file(folder / "cifar10.npz", classes=10)
+    assert load(chapter=7).name == "cifar10"
+    assert capsys.readouterr().out.startswith("Images: CIFAR-10 from the data folder")
+    with pytest.raises(DataError, match="Shapes-100.* has 2 train images of class 0"):
+        load(chapter=8)  # the stand-in of this test is smaller than the real one
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("Images: Shapes-100")
+    assert "has 10 classes, fewer than the 12 that chapter 8 needs" in said
+
+
+def test_which_chapters_a_set_serves_is_said_in_one_sentence(tmp_path):
+    def said(classes: int) -> str:
+        return chapters_served(load(image_file(tmp_path / "own.npz", classes)))
+
+    assert said(12) == "Chapters 1, 2, 3, 4, 5, 6, 7, 8, 10 run on these images."
+    assert said(10).endswith(
+        "chapter 8 does not: 10 classes, fewer than the 12 it needs."
+    )
+    assert said(4).startswith("No chapter runs on the file own.npz: 4 classes")
+    with pytest.raises(DataError, match="chapter 9 reads no images"):
+        load(tmp_path / "own.npz", chapter=9)
+
+
+# augmentation
 
 
 def numbered_images(*leading: int) -> torch.Tensor:
@@ -690,8 +765,7 @@ def test_each_image_has_its_own_hole():
     )  # no row or column is spared
 
 
-# --- the real images
-# -------------------------------------------------------------------------------------
+# the real images
 
 
 @pytest.mark.skipif(

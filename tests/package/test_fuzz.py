@@ -25,6 +25,7 @@ from papermill.translators import PythonTranslator
 from safetensors.torch import save_file
 from support import ROOT
 from torch import nn
+from torchvision.datasets import CIFAR100
 
 from minisupernet.course.records import load_runs
 from minisupernet.course.runs.jobs import Job, make_job
@@ -33,9 +34,8 @@ from minisupernet.course.runs.parameters import plain, read_word
 from minisupernet.course.runs.summaries import _mean
 from minisupernet.course.runs.sweeps import Sweep, read_sweep
 from minisupernet.course.runs.workers import finished
-from minisupernet.data import cifar as image_files
 from minisupernet.data.cifar import CIFAR_FOLDERS, read_cifar
-from minisupernet.data.images import read_npz
+from minisupernet.data.npz import read_npz
 from minisupernet.errors import DataError, ResultError, RunError, TrainingError
 from minisupernet.training import train
 
@@ -92,8 +92,8 @@ def images(count: int) -> np.ndarray:
 GOOD_ARRAYS = {
     "train_images": images(2),
     "train_labels": np.array([0, 1]),
-    "test_images": images(1),
-    "test_labels": np.array([1]),
+    "test_images": images(2),
+    "test_labels": np.array([1, 0]),
     "class_names": np.array(["a", "b"]),
 }
 ARRAYS = st.fixed_dictionaries(
@@ -131,9 +131,9 @@ def test_npz(folder, content):
     assert found["train_images"].dtype == np.uint8 and found["train_images"].shape[
         1:
     ] == (32, 32, 3)
-    labels = np.concatenate([found["train_labels"], found["test_labels"]])
-    assert int(labels.min()) >= 0 and int(labels.max()) < len(found["class_names"])
-    found["train_labels"].astype(np.int64)
+    every = set(range(len(found["class_names"])))
+    for part in ("train", "test"):
+        assert set(found[f"{part}_labels"].astype(np.int64).tolist()) == every
 
 
 @pytest.fixture(scope="module")
@@ -166,18 +166,21 @@ def test_cifar_files(folder, cifar_folder, name, data):
     content = data.draw(damaged(whole[name]) | st.binary(max_size=100))
     assume(content != whole[name])
 
-    class Official:
-        train_list, test_list = [["train", sums["train"]]], [["test", sums["test"]]]
-        meta = {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
-
     def unpickle(read: bytes, **options) -> object:
         assert read != content, "unpickled what was not checked"
         return pickle_loads(read, **options)
 
     pickle_loads = pickle.loads
+    official = {
+        "train_list": [["train", sums["train"]]],
+        "test_list": [["test", sums["test"]]],
+        "meta": {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]},
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_files, "_official", lambda name: Official)
-        patch.setattr(image_files.pickle, "loads", unpickle)
+        for key, value in official.items():
+            patch.setattr(CIFAR100, key, value)
+        patch.setattr(pickle, "loads", unpickle)
+        patch.setattr(pickle, "load", lambda file, **kw: unpickle(file.read(), **kw))
         (cifar_folder / name).write_bytes(content)
         try:
             with pytest.raises(DataError, match="its md5 sum is not"):

@@ -20,6 +20,7 @@ from minisupernet.course.report.pudnet import (
 from minisupernet.course.studies import pudnet as study
 from minisupernet.course.studies.pudnet_fits import DatasetFits, FitBudget
 from minisupernet.data.episodes import Batch, Episodes, Shape
+from minisupernet.data.needs import NEEDS
 from minisupernet.data.tasks import experiment_2, hold_out
 from minisupernet.errors import EpisodeError, PudNetError, ResultError
 from minisupernet.pudnet import (
@@ -258,17 +259,29 @@ def test_a_whole_dataset_has_the_first_train_images_and_all_test_images(squares)
         (Shape(way=5), "needs 2 to 4 of these classes, not 5"),
         (Shape(way=1), "not 1"),
         (Shape(2, support=0), "at least 1 support image"),
+        (Shape(2, query=0), "at least 1 query image"),
         (Shape(2, 20, 5), "24 train and 12 test images, too few"),
     ],
 )
 def test_episodes_that_cannot_be_drawn_are_refused(squares, shape, words):
-    with pytest.raises(EpisodeError, match=words):
-        Episodes(squares, range(4)).draw(0, 0, shape, 1)
+    episodes = Episodes(squares, range(4))
+    for refused in (
+        lambda: episodes.draw(0, 0, shape, 1),
+        lambda: episodes.check(shape),
+    ):
+        with pytest.raises(EpisodeError, match=words):
+            refused()
+    with pytest.raises(EpisodeError, match="at least 1 episode can be drawn, not 0"):
+        episodes.draw(0, 0, Shape(2), 0)
 
 
 def test_classes_that_are_not_there_are_refused(squares):
-    with pytest.raises(EpisodeError, match="numbers from 0 to 9"):
-        Episodes(squares, [3, 10])
+    for classes in ([3, 10], [], [2, 2]):
+        with pytest.raises(EpisodeError, match="different numbers from 0 to 9"):
+            Episodes(squares, classes)
+    for datasets in ([], [[1, 2], [1]], [[1, 1]]):
+        with pytest.raises(EpisodeError, match="equally many classes, no class twice"):
+            Episodes(squares, [1, 2]).whole(datasets, 2)
     with pytest.raises(EpisodeError, match=r"classes \[5\] are not among"):
         Episodes(squares, [1, 2]).whole([[1, 5]], 2)
 
@@ -351,6 +364,35 @@ def test_the_unseen_classes_are_experiment_2s_held_out_pairs_and_nobody_trained_
     )
 
 
+@pytest.mark.parametrize("classes", [NEEDS[8].classes, 13, 20, 40])
+@pytest.mark.parametrize("seed", range(5))
+def test_few_classes_are_cut_in_three_parts_that_serve(seed, classes):
+    images = coloured_squares(classes=classes, train=1, test=1)
+    training, validation, unseen, pairs = study.class_split(images, seed)
+    assert sorted(training + validation + unseen) == list(range(classes))
+    assert len(training) >= 6 and len(validation) >= 2 and len(unseen) >= 4
+    assert sorted(number for _, pair in pairs for number in pair) == unseen
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shape": Shape(40, 2, 2)}, "an episode needs 2 to .* not 40"),
+        ({"supports": (1, 50)}, "20 train and 10 test images, too few for 50 support"),
+        ({"query": 11}, "too few for 1 support and 11 query images"),
+    ],
+)
+def test_the_study_refuses_what_cannot_be_drawn_before_it_trains(
+    monkeypatch, settings, words
+):
+    images = coloured_squares(classes=30, train=20, test=10)
+    monkeypatch.setattr(study, "load", lambda name, device: images)
+    monkeypatch.setattr(study, "train_learner", lambda *_: pytest.fail("trained"))
+    with pytest.raises(EpisodeError, match=words):
+        small = {"shape": Shape(4, 2, 2), "supports": (1, 5)} | settings
+        study.measure_with(images, 0, study.Budget(**small), report=print)
+
+
 def test_fits_begin_at_the_prediction_and_learn():
     images = coloured_squares(classes=6, train=20, test=8)
     bench = DatasetFits(TARGET, images, [[0, 1, 2], [5, 4, 3]], batch=12, seed=0)
@@ -392,7 +434,7 @@ def test_the_study_measures_every_arm(monkeypatch):
         "load",
         lambda name, device: coloured_squares(classes=6, train=20, test=10),
     )
-    monkeypatch.setattr(study, "_has_cifar10", lambda: False)
+    monkeypatch.setattr(study, "is_at_hand", lambda name: False)
     fits = FitBudget((0.5, 1), (0.5,), (1e-3, 3e-3), 0.2, 10, 3)
     budget = study.Budget(3, 2, Shape(4, 2, 2), (1e-3, 3e-3), 2, 4, 2, (1, 5), fits)
     found = json.loads(

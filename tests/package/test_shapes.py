@@ -94,8 +94,7 @@ def test_every_shape_and_texture_looks_different():
     assert ((inside.mean(1) > 0.15) & (inside.mean(1) < 0.75)).all()
 
 
-# --- how hard it is
-# -------------------------------------------------------------------------------------
+# how hard it is
 
 
 def task(whole: dict[str, np.ndarray], part: str, label: int) -> tuple[Tensor, Tensor]:

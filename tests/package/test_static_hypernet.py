@@ -333,6 +333,10 @@ def test_bad_settings_are_refused_in_one_sentence(make, said):
 def test_pictures_are_cut_into_parts_that_do_not_meet(squares):
     pictures = Pictures(squares, validation=7, batch=5, pool=2)
     together = torch.cat([pictures.validation, pictures.train])
+    assert pictures.describe() == (
+        "Images: 233 to train on, 7 for validation, 120 for tests."
+    )
+    assert len(Pictures(squares, validation=3000).validation) == 240 // 5
     assert len(pictures.validation) == 7 and together.sort().values.tolist() == list(
         range(len(squares.train_labels))
     )

@@ -11,11 +11,19 @@ from torch import nn
 
 from minisupernet import fitting
 from minisupernet.course.records import fingerprint
-from minisupernet.data.tasks import BinaryTasks, TaskImages, all_pairs, experiment_2
-from minisupernet.errors import FitError, GeneratorError
+from minisupernet.data.tasks import (
+    BinaryTasks,
+    TaskImages,
+    all_pairs,
+    each_pair,
+    experiment_2,
+    one_against_rest,
+)
+from minisupernet.errors import FitError, GeneratorError, TaskError
 from minisupernet.fitting import (
     Fit,
     accuracy,
+    class_accuracy,
     fit_shared,
     fit_weights,
     fit_z,
@@ -245,6 +253,24 @@ def test_fine_tuning_starts_where_it_is_told_and_learns(trained):
     assert (
         accuracy(target, generator.spec.split(tuned), new)[0] > 0.9
     )  # the other pair is two shades of one colour
+
+
+@pytest.mark.parametrize("make", [one_against_rest, each_pair])
+def test_many_networks_find_one_class_of_many(squares, make):
+    """Five classes of ten; and networks that belong to other tasks do not."""
+    target, tasks = Small(), make([0, 2, 3, 4, 5])
+    spec, data = WeightSpec.of(target), TaskImages(squares, tasks)
+    start = spec.draw(len(tasks), torch.Generator().manual_seed(0), "torch")
+    flat, _ = fit_weights(spec, target, data, Fit(150, rate=1e-2), start)
+    right = class_accuracy(target, spec.split(flat), data)
+    assert right > 0.8 and right == class_accuracy(target, spec.split(flat), data)
+    assert class_accuracy(target, spec.split(flat.roll(1, 0)), data) < right - 0.4
+    assert class_accuracy(target, spec.split(flat), data, "validation") > 0.8
+
+
+def test_class_vectors_stand_for_single_classes():
+    with pytest.raises(TaskError, match="give each task a vector of its own"):
+        ClassVectors(BinaryTasks(((0, 1),), (2,)), 4)
 
 
 def test_only_the_named_tensors_are_fitted(trained):

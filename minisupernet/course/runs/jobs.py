@@ -206,10 +206,9 @@ class ExperimentJob(Job):
         from minisupernet.training import pick_device
 
         own, changed = self._own(), self._changed()
-        images, checkpoint = (
-            load(own["data"], pick_device(own["device"])),
-            folder / f"{name}.safetensors",
-        )
+        device, chapter = pick_device(own["device"]), int(self.what) + 5
+        images = load(own["data"], device, chapter)
+        checkpoint = folder / f"{name}.safetensors"
         run = run_experiment(
             self._setup(), images, own["seed"], fold=own["fold"], checkpoint=checkpoint
         )

@@ -1,5 +1,5 @@
-"""What is kept of a notebook's run: pictures with 256 colours, and no widget, whose
-state ends with the kernel.
+"""What is kept of a notebook's run: pictures with 256 colours, what was printed in one
+piece, and no widget, whose state ends with the kernel.
 """
 
 import base64
@@ -15,13 +15,17 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def keep_outputs(notebook: "NotebookNode") -> None:
-    """Change a notebook that has run: pictures made smaller, of what shows as a widget
-    its other forms alone, and injected parameters out of the book's sight.
+    """Change a notebook that has run: what was printed in a row made one output,
+    pictures made smaller, of what shows as a widget its other forms alone; and the cell
+    of parameters that papermill added not shown in the book.
     """
+    from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
+
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})
     notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:  # the book shows no cell of parameters
-        if "injected-parameters" in cell.metadata.get("tags", ()):
-            cell.metadata.tags.append("remove-cell")
+    for cell in notebook.cells:
+        if "injected-parameters" in (tags := cell.metadata.get("tags", [])):
+            tags.append("remove-cell")
     for output in (each for cell in notebook.cells for each in cell.get("outputs", ())):
         shown = output.get("data", {})
         shown.pop(WIDGET, None)

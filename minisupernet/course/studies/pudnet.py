@@ -21,10 +21,9 @@ from minisupernet.course.studies.pudnet_fits import (
 )
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.data import ImageSet, load
-from minisupernet.data.cifar import CIFAR_FOLDERS
 from minisupernet.data.episodes import Batch, Episodes, Shape
-from minisupernet.data.tasks import experiment_2, hold_out
-from minisupernet.files import data_folder
+from minisupernet.data.loading import is_at_hand
+from minisupernet.data.tasks import experiment_2, hold_out, usable_folds
 from minisupernet.pudnet import FeatureNet, Learner, OneNetwork, PudNet
 from minisupernet.target import WeightSpec
 from minisupernet.training import History, one_cycle, train
@@ -32,6 +31,7 @@ from minisupernet.training import History, one_cycle, train
 __all__ = ["Budget", "class_split", "measure", "measure_with"]
 
 Report = Callable[[str], None]
+Places = dict[str, tuple[Episodes, Shape]]  # where arms are compared, on which form
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) ->
     for JSON.
     """
     training, validation, unseen, pairs = class_split(images, seed)
+    places, notes = _places(images, training, unseen, budget)
+    Episodes(images, training).check(budget.shape)
+    for episodes, shape in places.values():  # before anything is trained
+        episodes.check(shape)
     arms: dict[str, Trained] = {}
     for arm in ("pudnet", "no_auxiliary", "one_network"):
         rates = budget.rates
@@ -97,15 +101,13 @@ def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) ->
     for learner in learners.values():
         # from here on every dataset is compared with the average of training
         learner.eval()
-    split = (images, training, unseen, budget, seed, report)
-    episodes, notes = _everywhere(learners, *split)
     new = Episodes(images, unseen, test=True)
     return {
         "settings": asdict(budget),
         "classes": {"training": training, "validation": validation, "unseen": unseen},
         "parameters": _sizes(learners),
         "training": {arm: trained.record for arm, trained in arms.items()},
-        "episodes": episodes,
+        "episodes": _everywhere(learners, places, budget.episodes, seed, report),
         "notes": notes,
         "pairs": _on_pairs(learners, new, pairs, kept_for_training(images)),
         "datasets": measure_fits(learners, images, unseen, budget.fits, seed, report),
@@ -115,22 +117,18 @@ def measure_with(images: ImageSet, seed: int, budget: Budget, report: Report) ->
 
 def _everywhere(
     learners: dict[str, Learner],
-    images: ImageSet,
-    training: list[int],
-    unseen: list[int],
-    budget: Budget,
+    places: Places,
+    count: int,
     seed: int,
     report: Report,
-) -> tuple[dict[str, dict[str, list[float]]], list[str]]:
-    """Accuracy of every arm on the episodes of every place, and notes on the places."""
-    places, notes = _places(images, training, unseen, budget.supports)
+) -> dict[str, dict[str, list[float]]]:
+    """Accuracy of every arm on `count` episodes of every place."""
     found = {}
-    for name, (episodes, way, support) in places.items():
-        shape = Shape(way, support, budget.query)
-        found[name] = _episode_accuracies(learners, episodes, shape, budget, seed)
+    for name, (episodes, shape) in places.items():
+        found[name] = _episode_accuracies(learners, episodes, shape, count, seed)
         means = (f"{arm} {sum(v) / len(v):.3f}" for arm, v in found[name].items())
         report(f"{name}: {', '.join(means)}")
-    return found, notes
+    return found
 
 
 def _sizes(learners: dict[str, Learner]) -> dict[str, int]:
@@ -162,32 +160,23 @@ def class_split(
     """Training, validation and unseen classes, and the unseen pairs as (number of the
     task, [label 0, label 1]).
     """
-    tasks, fold = experiment_2(images.classes), seed % 5
+    tasks, folds = experiment_2(images.classes), usable_folds(2, 5, images.classes)
     half = len(tasks) // 2
-    pairs = [n for n in hold_out(2, fold, 5, images.classes, pairs=True)[1] if n < half]
-    unseen = sorted(
-        {tasks.positive[n] for n in pairs} | {tasks.negative[n] for n in pairs}
-    )
-    others = [
-        n
-        for n in hold_out(2, (fold + 1) % 5, 5, images.classes, pairs=True)[1]
-        if n < half
-    ]
-    others = others[: max(len(others) // 2, 1)]
-    validation = sorted(
-        {tasks.positive[n] for n in others} | {tasks.negative[n] for n in others}
-    )
-    training = [
-        number
-        for number in range(images.classes)
-        if number not in {*unseen, *validation}
-    ]
-    return (
-        training,
-        validation,
-        unseen,
-        [(n, [tasks.negative[n], tasks.positive[n]]) for n in pairs],
-    )
+
+    def held(fold: int) -> list[int]:
+        both = hold_out(2, fold % folds, folds, images.classes, pairs=True)[1]
+        return [number for number in both if number < half]
+
+    def classes_of(pairs: list[int]) -> list[int]:
+        return tasks.select(pairs).classes
+
+    pairs, others = held(seed % folds), held(seed % folds + 1)
+    unseen = classes_of(pairs)
+    validation = classes_of(others[: max(len(others) // 2, 1)])
+    elsewhere = {*unseen, *validation}
+    training = [number for number in range(images.classes) if number not in elsewhere]
+    sides = [(n, [tasks.negative[n], tasks.positive[n]]) for n in pairs]
+    return training, validation, unseen, sides
 
 
 def train_learner(
@@ -303,66 +292,51 @@ def _new_learner(arm: str, images: ImageSet, seed: int) -> Learner:
 
 
 def _places(
-    images: ImageSet, training: list[int], unseen: list[int], supports: tuple[int, ...]
-) -> tuple[dict, list[str]]:
-    """Where arms are compared, {name: (episodes, way, support)}, and a note on each
-    image set that is not at hand.
-    """
-    new = Episodes(images, unseen, test=True)
-    most = len(unseen)
-    places = {f"unseen, 5-way, {k} a class": (new, min(5, most), k) for k in supports}
-    places["seen, 5-way, 5 a class"] = (
-        Episodes(images, training, test=True),
-        min(5, most),
-        5,
-    )
-    places[f"unseen, {most}-way, 5 a class"] = (new, most, 5)
+    images: ImageSet, training: list[int], unseen: list[int], budget: Budget
+) -> tuple[Places, list[str]]:
+    """Where arms are compared, and a note on each image set that is not at hand."""
+    new, seen = (Episodes(images, part, test=True) for part in (unseen, training))
+    most, query = len(unseen), budget.query
+    way = min(5, most)
+    places = {
+        f"unseen, 5-way, {k} a class": (new, Shape(way, k, query))
+        for k in budget.supports
+    }
+    places["seen, 5-way, 5 a class"] = (seen, Shape(way, 5, query))
+    places[f"unseen, {most}-way, 5 a class"] = (new, Shape(most, 5, query))
     notes = []
-    for name, at_hand in (("cifar10", _has_cifar10()), ("shapes100", True)):
-        if name == images.name or not at_hand:
-            notes.append(
-                f"{name}: "
-                + ("the training set itself" if at_hand else "not at hand, left out")
-            )
+    for name, there in (("cifar10", is_at_hand("cifar10")), ("shapes100", True)):
+        if name == images.name or not there:
+            why = "the training set itself" if there else "not at hand, left out"
+            notes.append(f"{name}: {why}")
             continue
         other = load(name, images.device)
-        notes.append(
-            f"{name}: {len(other.train_images)} train and {len(other.test_images)} test"
-            " images"
-        )
+        counts = f"{len(other.train_images)} train and {len(other.test_images)} test"
+        notes.append(f"{name}: {counts} images")
         episodes = Episodes(other, range(other.classes), test=True)
-        places[f"{name}, 5-way, 5 a class"] = (episodes, 5, 5)
+        places[f"{name}, 5-way, 5 a class"] = (episodes, Shape(5, 5, query))
     return places, notes
-
-
-def _has_cifar10() -> bool:
-    return any(
-        (data_folder() / name).exists()
-        for name in (CIFAR_FOLDERS["cifar10"], "cifar10.npz")
-    )
 
 
 def _episode_accuracies(
     learners: dict[str, Learner],
     episodes: Episodes,
     shape: Shape,
-    budget: Budget,
+    count: int,
     seed: int,
 ) -> dict[str, list[float]]:
     """Accuracy of each arm on the same fixed episodes; `wrong_sketch` shows PudNet the
     next episode's dataset.
     """
     found: dict[str, list[float]] = {arm: [] for arm in [*learners, "wrong_sketch"]}
-    at_once = min(
-        10 if shape.way * (shape.support + shape.query) <= 150 else 4, budget.episodes
-    )
-    for step in range(budget.episodes // at_once):
+    at_once = 10 if shape.way * (shape.support + shape.query) <= 150 else 4
+    at_once = min(at_once, count)
+    for step in range(count // at_once):
         batch = episodes.draw(step, seed + 5_000, shape, at_once)
         for arm, learner in learners.items():
             found[arm] += rounded(learner.accuracy(batch))
-        found["wrong_sketch"] += rounded(
-            learners["pudnet"].accuracy(batch, batch.support.roll(1, 0))
-        )
+        wrong = learners["pudnet"].accuracy(batch, batch.support.roll(1, 0))
+        found["wrong_sketch"] += rounded(wrong)
     return found
 
 

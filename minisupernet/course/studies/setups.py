@@ -5,6 +5,7 @@ trained on many more tasks.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from minisupernet.data.tasks import usable_folds
 from minisupernet.errors import SetupError
 from minisupernet.fitting import Fit
 
@@ -78,6 +79,12 @@ class Setup:
                 _above_zero(f"{name}.{arm}", values)
         if not 0 <= self.z_share <= 1:
             raise SetupError(f"z_share must be from 0 to 1, not {self.z_share}.")
+
+    def for_classes(self, classes: int) -> "Setup":
+        """The same, with as few folds as let each hold out two of the tasks that so
+        many classes make."""
+        folds = usable_folds(self.experiment, self.folds, classes)
+        return replace(self, folds=folds)
 
 
 WHOLE = ("steps", "images", "every")  # of a Fit
