@@ -255,24 +255,6 @@ def test_the_code_shown_is_the_code_of_the_package(path):
 
 
 @each_notebook
-def test_the_book_opens_with_the_story(path):
-    """Neither the install cell nor parameters show in the book, and imports fold."""
-    install, parameters, imports = read(path).cells[1:4]
-    assert "pip" in install.source and "remove-cell" in tags(install)
-    assert {"parameters", "remove-cell"} <= tags(parameters)
-    assert "import" in imports.source and "hide-input" in tags(imports)
-    assert imports.metadata.mystnb.code_prompt_show == "Show the imports"
-
-
-@each_notebook
-def test_what_was_printed_in_turn_is_stored_as_one(path):
-    for cell in code_cells(read(path)):
-        names = [output.get("name", n) for n, output in enumerate(cell.outputs)]
-        pairs = zip(names, names[1:], strict=False)
-        assert not [pair for pair in pairs if pair[0] == pair[1]], cell.source[:60]
-
-
-@each_notebook
 def test_solutions_and_mistakes_fold_everywhere(path):
     shown_as = {
         "# @title Solution": "Show the solution",
