@@ -1,15 +1,20 @@
 """The opponents of a task vector: every group runs on a tiny set, and is right."""
 
+import re
 from dataclasses import replace
+from statistics import fmean, stdev
 
 import pytest
 import torch
-from support import coloured_squares
+from support import ROOT, coloured_squares
 
+from minisupernet.course.records import load_runs, results_file
 from minisupernet.course.studies import opponents
 from minisupernet.course.studies.opponents import GROUPS, fit_logistic, measure
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.errors import StudyError
+
+NUMBER = re.compile(r"\d+\.\d")
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,44 @@ def test_candidates_grow_beyond_an_edge_and_stop_inside():
     assert best_rate((1.0, 2.0, 4.0), trial, most=4).rate == 8.0
     assert best_rate((1.0, 2.0, 4.0), trial).rate == 4.0
     assert best_rate((5.0,), trial).rate == 5.0
+
+
+def lead(experiment: int, size: str, arm: str) -> list[float]:
+    """z minus an arm in points, a value a fold, from the records."""
+    setup = {1: "many_tasks", 2: "unseen_pairs"}[experiment]
+    name = f"{experiment + 5:02d}_experiment_{experiment}.json"
+    runs = [run for run in load_runs(results_file(name)) if run["setup"] == setup]
+    opponents = load_runs(results_file("07_opponents.json"))
+    found = []
+    for run in runs:
+        (other,) = (
+            each
+            for each in opponents
+            if each["group"] == "heads"
+            and (each["of_experiment"], each["fold"]) == (experiment, run["fold"])
+        )
+        arms = run["arms"] if size == "all" else run["few"][size]
+        ours, theirs = arms["z_only"]["test"], other["few"][size][arm]["test"]
+        found.append(100 * (fmean(ours) - fmean(theirs)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("experiment", "size", "said"),
+    [
+        (1, "5", "leads by 7.4 points (5.9 to 8.9)"),
+        (1, "20", "3.3 (2.3 to 4.2) with 20"),
+        (1, "all", "trails by 1.4 (0.3 to 2.5)"),
+        (2, "20", "by 3.7 points (2.0 to 5.3)"),
+        (2, "all", "2.8 (1.6 to 4.1) with 450"),
+    ],
+)
+def test_what_the_readme_says_of_the_head_is_recorded(experiment, size, said):
+    values = lead(experiment, size, "head")
+    half = 2.776 * stdev(values) / len(values) ** 0.5  # t, four degrees of freedom
+    mean = fmean(values)
+    ends = sorted(abs(end) for end in (mean - half, mean + half))
+    assert len(values) == 5 and ends[0] > 0
+    assert [f"{each:.1f}" for each in (abs(mean), *ends)] == NUMBER.findall(said)[:3]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert said in readme and (mean > 0) == (experiment == 1 and size != "all")
