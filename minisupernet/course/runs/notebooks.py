@@ -179,7 +179,6 @@ def execute(
                 execution_timeout=seconds
                 or CELL_SECONDS[parameters.get("profile", "quick")],
                 extra_arguments=["--log-level=CRITICAL"],
-                coalesce_streams=True,  # what one print begins another may go on with
             )
     except (
         papermill.PapermillExecutionError,

@@ -56,7 +56,15 @@ from minisupernet.supernet import ClassVectors, SuperNet
 from minisupernet.target import TaskClassifier, WeightSpec
 from minisupernet.training import History
 
-__all__ = ["ADAPTED", "Adapted", "Fold", "Trained", "measure_arm", "run_experiment"]
+__all__ = [
+    "ADAPTED",
+    "Adapted",
+    "Fold",
+    "Trained",
+    "adapt",
+    "measure_arm",
+    "run_experiment",
+]
 
 ADAPTED = ("z_only", "random_generator", "from_scratch", "fine_tuned")
 # the weights that these arms fit
