@@ -24,6 +24,7 @@ __all__ = [
     "Fit",
     "accuracy",
     "class_accuracy",
+    "fit_alone",
     "fit_shared",
     "fit_weights",
     "fit_z",

@@ -29,7 +29,9 @@ from minisupernet.files import whole_file
 __all__ = [
     "History",
     "constant",
+    "difference",
     "frozen",
+    "matrix_rate",
     "one_cycle",
     "pick_device",
     "train",

@@ -83,7 +83,7 @@ def test_a_damaged_result_file_is_named(tmp_path, text):
     ):
         load_runs(path)
     with pytest.raises(
-        ResultError, match="record it with `python -m minisupernet experiment`"
+        ResultError, match="record it with `python -m minisupernet sweep"
     ):
         load_runs(tmp_path / "missing.json")
 

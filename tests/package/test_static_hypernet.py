@@ -149,7 +149,7 @@ def test_kernels_lie_in_an_affine_space_of_z_dim_dimensions():
 def test_a_generated_network_is_the_target_with_those_kernels(make, monkeypatch):
     monkeypatch.setattr(
         "minisupernet.static_hypernet.kernels_to_make",
-        lambda target: kernels_to_make(target, 4),
+        lambda target, *tile: kernels_to_make(target, 4),
     )
     target, images = small_stack(), torch.randn(2, 3, 8, 8)
     own = copy.deepcopy(target)

@@ -165,6 +165,7 @@ def execute(
     if threads:
         settings["OMP_NUM_THREADS"] = str(threads)
     began = time.perf_counter()
+    longest = seconds or CELL_SECONDS[parameters.get("profile", "quick")]
     try:
         with environment(**settings):
             done = papermill.execute_notebook(
@@ -176,8 +177,7 @@ def execute(
                 cwd=path.parent,
                 progress_bar=progress,
                 start_timeout=120,
-                execution_timeout=seconds
-                or CELL_SECONDS[parameters.get("profile", "quick")],
+                execution_timeout=longest,
                 extra_arguments=["--log-level=CRITICAL"],
             )
     except (
@@ -189,9 +189,8 @@ def execute(
             f"{path.stem}, {_failed_cell(output)}: {_one_line(error)}"
         ) from error
     keep_outputs(done)
-    note_run(
-        done, {**_defaults(path), **parameters}, time.perf_counter() - began, threads
-    )
+    took, known = time.perf_counter() - began, {**_defaults(path), **parameters}
+    note_run(done, known, took, threads)
     nbformat.write(done, output)
     return [
         round(cell.metadata.papermill.duration or 0, 2)

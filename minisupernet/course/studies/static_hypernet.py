@@ -25,7 +25,15 @@ from minisupernet.static_hypernet import (
 )
 from minisupernet.training import History
 
-__all__ = ["PROFILES", "Settings", "measure", "measure_with", "plain_stack", "shuffled"]
+__all__ = [
+    "PROFILES",
+    "Settings",
+    "measure",
+    "measure_with",
+    "multiply_adds",
+    "plain_stack",
+    "shuffled",
+]
 
 Maker = Callable[[], Generated]
 
