@@ -29,9 +29,7 @@ from minisupernet.files import whole_file
 __all__ = [
     "History",
     "constant",
-    "difference",
     "frozen",
-    "matrix_rate",
     "one_cycle",
     "pick_device",
     "train",

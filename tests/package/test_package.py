@@ -137,8 +137,8 @@ def imported_names() -> dict[str, set[str]]:
     for _, source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module:
-                module = node.module.removeprefix("minisupernet.")
-                if module in found:
+                first, _, module = node.module.partition(".")
+                if first == "minisupernet" and module in found:
                     found[module] |= {name.name for name in node.names}
     return found
 
