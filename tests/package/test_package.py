@@ -70,7 +70,7 @@ def test_importing_is_quick_and_touches_no_cuda():
         min(run[0] for run in runs),
         min(run[1] for run in runs),
     )
-    assert own_seconds < 0.1 * torch_seconds, (
+    assert own_seconds < 0.3 * torch_seconds, (
         f"{own_seconds:.2f} s beside torch's {torch_seconds:.2f} s"
     )
 
