@@ -163,8 +163,11 @@ def test_a_grid_and_a_list_are_expanded_and_doubles_count_once(tmp_path):
             "{grid: {z_dim: [1, 2]}, summary: {by: zdim}}",
             "no run has the parameter 'zdim' to sum up by; did you mean 'z_dim'?",
         ),
-        ("grid: {seed: [0], z_dim: [4], seed: [2]}", "line 1: 'seed' stands twice"),
-        ("fixed: {seed: 0}\nfixed: {seed: 1}", "'fixed' stands twice in one set"),
+        (
+            "grid: {seed: [0], z_dim: [4], seed: [2]}",
+            "'seed' stands twice in the set at line 1",
+        ),
+        ("fixed: {seed: 0}\nfixed: {seed: 1}", "'fixed' stands twice in the set"),
         (
             "{list: [{seed: 0}], grid: {seed: [1, 2]}}",
             "seed is in 'list' and in 'grid'",
