@@ -71,7 +71,7 @@ def write_sweep(folder: Path, **entries) -> Path:
 
 @pytest.fixture(scope="module")
 def squares_file(tmp_path_factory) -> Path:
-    squares = coloured_squares(classes=20, train=54, test=3)
+    squares = coloured_squares(classes=20, train=54, test=10)
     arrays = {
         f"{part}_labels": getattr(squares, f"{part}_labels").numpy()
         for part in ("train", "test")
