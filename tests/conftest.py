@@ -38,8 +38,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Browser tests first in line: they are the longest."""
-    items.sort(key=lambda item: "browser" not in item.path.parts)
+    """Tests with a browser come first: they are the longest."""
+    items.sort(key=lambda item: "chromium" not in item.fixturenames)
 
 
 @pytest.fixture(scope="session")

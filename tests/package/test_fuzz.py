@@ -1,15 +1,14 @@
 """Every reader of what comes from outside gives a result or one clear error of the
 package, whatever it is given.
 
-`make test` runs a few hundred cases, the same each time; HYPOTHESIS_PROFILE=nightly
-runs more than 10,000 new ones.
+`make test` runs a few hundred cases, the same each time; `make test-long` more than
+10,000 new ones.
 """
 
 import ast
 import hashlib
 import io
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from papermill.translators import PythonTranslator
 from safetensors.torch import save_file
-from support import ROOT
+from support import LONG, ROOT
 from torch import nn
 from torchvision.datasets import CIFAR100
 
@@ -42,9 +41,7 @@ from minisupernet.training import train
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("make-test", max_examples=30, derandomize=True, **QUIET)
 settings.register_profile("nightly", max_examples=1_200, **QUIET)
-PROFILE = settings.get_profile(
-    "nightly" if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else "make-test"
-)
+PROFILE = settings.get_profile("nightly" if LONG else "make-test")
 
 TEXT = st.text(st.characters(codec=None), max_size=20)
 SCALARS = (
