@@ -199,7 +199,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     from minisupernet.errors import RunError
 
     sweep = sweeps.read_sweep(options.file)
-    runs = sweeps.runs_of(sweep, CHECKOUT, to_record=options.record is not None)
+    runs = sweeps.runs_of(sweep, CHECKOUT, options.record)
     folder = options.out or CHECKOUT / "_build" / "sweeps" / options.file.stem
     folder = folder.resolve()
 

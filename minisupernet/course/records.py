@@ -116,14 +116,17 @@ def load_runs(path: str | Path) -> list[dict]:
 def record_run(path: str | Path, run: dict, keys: tuple[str, ...]) -> None:
     """Add one run to a result file, in place of an older one with the same values of
     `keys`; safe side by side.
+
+    A run that does not say its profile is full: runs of experiments did not, once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         runs = load_runs(path) if path.exists() else []
-        runs = [
-            old for old in runs if any(old.get(key) != run[key] for key in keys)
-        ] + [run]
+        others = [{"profile": "full"} | old for old in runs]
+        other = [any(old.get(key) != run[key] for key in keys) for old in others]
+        runs = [old for old, differs in zip(runs, other, strict=True) if differs]
+        runs.append(run)
         runs.sort(key=lambda each: [str(each.get(key)) for key in keys])
         with whole_file(path) as part:
             part.write_text(

@@ -26,19 +26,26 @@ from support import LONG, ROOT, coloured_squares
 from tiny_jobs import COMMAND, STEPS, alive, counting, run_tiny, tiny_task
 
 from minisupernet.course.commands import main
-from minisupernet.course.records import load_runs
+from minisupernet.course.records import load_runs, record_run
 from minisupernet.course.runs.inputs import code_used, package_fingerprint
 from minisupernet.course.runs.jobs import make_job
 from minisupernet.course.runs.parameters import override, read_word
 from minisupernet.course.runs.summaries import record, summarise
 from minisupernet.course.runs.sweeps import (
+    Run,
     Sweep,
     do_runs,
     open_executor,
     read_sweep,
     runs_of,
 )
-from minisupernet.course.runs.workers import Claimed, attempt, carry_out, finished
+from minisupernet.course.runs.workers import (
+    Claimed,
+    attempt,
+    carry_out,
+    finished,
+    limits,
+)
 from minisupernet.course.statistics import interval
 from minisupernet.course.studies.setups import better
 from minisupernet.errors import FileError, ResultError, RunError
@@ -473,13 +480,15 @@ def test_from_a_file_to_a_table_and_a_record_and_one_failure_stops_nothing(
         said.err
         == "1 of 2 runs failed, as said above; the same command repeats them.\n"
     )
-    (line,) = [line for line in said.out.splitlines() if line.startswith("failed: ")]
+    assert said.out.startswith(f"2 runs, 0 done before, results in {folder}\n1 at once")
+    (line,) = [line for line in said.out.splitlines() if "] failed: " in line]
     assert "the loss became nan" in line and "(1.5e+30)" in line
     assert "| 0.001 | 1 |" in said.out and "1.5e+30 |" not in said.out
     (run,) = load_runs(record)
     assert (
         run["settings"]["training"]["rate"] == 1e-3
         and run["overrides"]["training.steps"] == 8
+        and run["profile"] == "quick"
     )
     documents = [json.loads(each.read_text()) for each in folder.glob("*.json")]
     assert sorted(each["status"] for each in documents) == ["done", "failed"]
@@ -514,6 +523,7 @@ def test_a_record_goes_into_the_files_of_the_book_and_replaces_its_older_self(tm
             "seed": 0,
             "fold": 0,
             "overrides": None,
+            "data": {"name": "shapes100", "sha256": "0"},
         }
         document = {
             "status": "done",
@@ -530,10 +540,62 @@ def test_a_record_goes_into_the_files_of_the_book_and_replaces_its_older_self(tm
         for path in (tmp_path / "results").glob("*.json")
     }
     assert names == {"07_experiment_2.json": [0], "08_pudnet.json": [1]}
-    with pytest.raises(
-        RunError, match="measures nothing that can be recorded; leave out --record"
-    ):
-        runs_of(Sweep(({"notebook": 5},), (), ""), ROOT, to_record=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"notebook": 5}, "measures nothing that can be recorded; leave out --record"),
+        ({"experiment": 1, "profile": "quick"}, "a quick run is not recorded in the"),
+        ({"study": "pudnet", "profile": "quick"}, "a quick run is not recorded in the"),
+        ({"experiment": 1, "z_dim": 4}, "a run with its own z_dim is not recorded"),
+        ({"experiment": 1, "data": "auto"}, "a run on auto, not cifar100, is not"),
+        ({"study": "net2net", "data": "shapes100"}, "a run on shapes100, not cifar10,"),
+    ],
+)
+def test_no_file_of_the_book_mixes_other_runs_with_its_own(tmp_path, settings, said):
+    sweep = Sweep((settings,), (), "")
+    with pytest.raises(RunError, match=said):
+        runs_of(sweep, ROOT, ROOT / "results")
+    if "notebook" not in settings:
+        assert len(runs_of(sweep, ROOT, tmp_path / "mine.json")) == 1
+
+
+def test_quick_and_full_runs_on_two_image_sets_stand_side_by_side(tmp_path):
+    _, keys = make_job({"experiment": 1}, ROOT).recorded()
+    run = {"experiment": 1, "setup": "better", "seed": 0, "fold": 0, "overrides": None}
+    before = {**run, "data": {"name": "mine"}}  # of when no profile was recorded: full
+    (tmp_path / "mine.json").write_text(json.dumps({"runs": [before]}))
+    for number, profile in enumerate(("quick", "full", "full")):
+        for name in ("cifar100", "mine"):
+            about = {"profile": profile, "data": {"name": name}, "number": number}
+            record_run(tmp_path / "mine.json", run | about, keys)
+    found = [
+        (each["profile"], each["data"]["name"], each["number"])
+        for each in load_runs(tmp_path / "mine.json")
+    ]
+    assert found == [
+        ("full", "cifar100", 2),
+        ("full", "mine", 2),
+        ("quick", "cifar100", 0),
+        ("quick", "mine", 0),
+    ]
+
+
+def test_each_run_is_kept_as_it_ends_and_one_that_cannot_be_kept_has_failed(tmp_path):
+    """The second run ends when the first was kept: at the end would be too late."""
+
+    def keep(run: Run) -> None:
+        (tmp_path / "kept").write_text(run.name)
+        if run.name == "wait":
+            raise ResultError("the result file is damaged.")
+
+    runs = [tiny_task("count", number=0), tiny_task("wait")]
+    said = {"wait": "wait: the result file is damaged."}
+    assert run_tiny(runs, tmp_path, workers=1, keep=keep, timeout=100) == said
+    (tmp_path / "kept").unlink()
+    assert run_tiny(runs, tmp_path, workers=1, keep=keep) == said
+    assert (tmp_path / "kept").exists() and len(starts(tmp_path)) == 2
 
 
 # What happens when something dies
@@ -604,7 +666,7 @@ def test_an_interrupted_sweep_starts_no_more_runs(tmp_path):
     assert sweep.wait(60) != 0 and not busy(tmp_path) and len(starts(tmp_path)) < 100
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -686,6 +748,7 @@ def test_a_killed_training_goes_on_to_the_result_of_an_unbroken_one(
     process = subprocess.Popen(
         [sys.executable, "-m", "minisupernet.course.runs.workers"],
         stdin=subprocess.PIPE,
+        env=os.environ | limits(1),
         text=True,
     )
     process.stdin.write(json.dumps(order) + "\n")

@@ -61,6 +61,12 @@ class TinyJob(Job):
         (folder / f"{name}.running").write_text(str(os.getpid()))
         time.sleep(600)
 
+    def wait(self, folder: Path, name: str) -> dict:
+        """Wait until another run was kept."""
+        while not (folder / "kept").exists():
+            time.sleep(0.01)
+        return {"value": 1}
+
     def nan(self, folder: Path, name: str) -> dict:
         return {"value": float("nan")}
 

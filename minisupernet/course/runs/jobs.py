@@ -4,7 +4,7 @@ checked before anything starts.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,60 @@ class Job:
         """Whether all that a run leaves beside its result is there."""
         return True
 
-    def record(self) -> tuple[str, tuple[str, ...]]:
-        """The file in `results` where such a run is recorded, and the values that tell
-        it from others there.
+    def told(self) -> dict[str, Any]:
+        """What a run of this kind is told, with defaults where nothing is said."""
+        return self.parameters
+
+    def overrides(self) -> dict[str, Any]:
+        """The parameters that make it another run than any of the book's."""
+        return {}
+
+    def recorded(self) -> tuple[str, tuple[str, ...]]:
+        """The book's result file for such a run, and the values that tell it from
+        others in a file.
+
+        Raises:
+            RunError: for a run that measures nothing.
         """
         raise RunError(
             "a run of a notebook measures nothing that can be recorded; leave out"
             " --record."
         )
+
+    def record_file(self, place: Path) -> Path:
+        """The result file at `place`: itself where it ends in .json, else the book's in
+        that folder.
+
+        Raises:
+            RunError: for a run that does not belong among the book's, which chapters
+                draw together: full, of one set-up's own settings, on one image set.
+            ResultError: for a file that is there and holds no runs.
+        """
+        from minisupernet.course.records import load_runs
+
+        name, _ = self.recorded()
+        file = place if place.suffix == ".json" else place / name
+        held = load_runs(file) if file.exists() else []
+        images = {run["data"]["name"] for run in held if "data" in run}
+        if file != place and (reason := self._stranger(images)):
+            raise RunError(
+                f"{reason} is not recorded in the book's {name}; give it a file of its"
+                " own, as in --record mine.json."
+            )
+        return file
+
+    def _stranger(self, images: Collection[str]) -> str:
+        """What makes it none of the book's runs, which are on `images`; empty where
+        nothing does.
+        """
+        told = self.told()
+        if told["profile"] != "full":
+            return f"a {told['profile']} run"
+        if changed := self.overrides():
+            return f"a run with its own {' and '.join(changed)}"
+        if images and told["data"] not in images:
+            return f"a run on {_shown(told['data'])}, not {' or '.join(images)},"
+        return ""
 
     def settings(self) -> dict[str, Any]:
         """What runs and its parameters, without the folders of this machine."""
@@ -126,7 +172,7 @@ class ExperimentJob(Job):
         """A file name that says what runs and with which parameters."""
         return f"experiment_{super().label()}"
 
-    def _own(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
         """The parameters that are not the Setup's, with their defaults; fold None is
         that of the seed.
         """
@@ -144,8 +190,9 @@ class ExperimentJob(Job):
         _check_types(given, types)
         return {**types, "fold": None, **given}
 
-    def _changed(self) -> dict[str, Any]:
-        own = self._own()
+    def overrides(self) -> dict[str, Any]:
+        """The settings that are not the set-up's own."""
+        own = self.told()
         return {
             name: value for name, value in self.parameters.items() if name not in own
         }
@@ -153,11 +200,11 @@ class ExperimentJob(Job):
     def _setup(self) -> Any:
         from minisupernet.course.studies.setups import make_setup
 
-        own = self._own()
+        own = self.told()
         if self.what not in ("1", "2"):
             raise RunError(f"there is no experiment '{self.what}'; use 1 or 2.")
         setup = make_setup(own["setup"], int(self.what), own["profile"])
-        for name, value in self._changed().items():
+        for name, value in self.overrides().items():
             setup = override(setup, name, value)
         return setup
 
@@ -165,7 +212,7 @@ class ExperimentJob(Job):
         """Raise a RunError for an unknown name, a value of another type, or a fold that
         does not exist.
         """
-        setup, fold = self._setup(), self._own()["fold"]
+        setup, fold = self._setup(), self.told()["fold"]
         setup.check()
         if fold is not None and not 0 <= fold < setup.folds:
             raise RunError(
@@ -194,7 +241,7 @@ class ExperimentJob(Job):
         """
         return package_fingerprint(
             ["course.studies.arms"],
-            {"experiment": self.what, **self._own(), **self.parameters},
+            {"experiment": self.what, **self.told(), **self.parameters},
         )
 
     def measure(self, folder: Path, name: str, **options: Any) -> dict:
@@ -205,25 +252,26 @@ class ExperimentJob(Job):
         from minisupernet.data import load
         from minisupernet.training import pick_device
 
-        own, changed = self._own(), self._changed()
+        own, changed = self.told(), self.overrides()
         device, chapter = pick_device(own["device"]), int(self.what) + 5
         images = load(own["data"], device, chapter)
         checkpoint = folder / f"{name}.safetensors"
         run = run_experiment(
             self._setup(), images, own["seed"], fold=own["fold"], checkpoint=checkpoint
         )
-        return run | {"overrides": changed or None}
+        return run | {"profile": own["profile"], "overrides": changed or None}
 
-    def record(self) -> tuple[str, tuple[str, ...]]:
+    def recorded(self) -> tuple[str, tuple[str, ...]]:
         """The file of chapter 6 or 7, and the values that tell its runs apart."""
-        keys = ("experiment", "setup", "seed", "fold", "overrides")
+        keys = ("experiment", "setup", "profile", "seed", "fold", "overrides", "data")
         return f"{int(self.what) + 5:02d}_experiment_{self.what}.json", keys
 
 
 class StudyJob(Job):
     """The study with the name `what` of `minisupernet.course.studies`."""
 
-    def _arguments(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
+        """The parameters, with defaults; those of its unit among them."""
         from minisupernet.course.studies import STUDIES
 
         if self.what not in STUDIES:
@@ -244,7 +292,7 @@ class StudyJob(Job):
         """Raise a RunError for an unknown study, an unknown name, a value of another
         type, or an unknown profile.
         """
-        if (profile := self._arguments()["profile"]) not in ("quick", "full"):
+        if (profile := self.told()["profile"]) not in ("quick", "full"):
             raise RunError(f"there is no profile '{profile}'; use quick or full.")
 
     def inputs(self) -> str:
@@ -253,7 +301,7 @@ class StudyJob(Job):
         """
         return package_fingerprint(
             ["course.studies", f"course.studies.{self.what}"],
-            {"study": self.what, **self._arguments()},
+            {"study": self.what, **self.told()},
         )
 
     def measure(self, folder: Path, name: str, **options: Any) -> dict:
@@ -261,14 +309,14 @@ class StudyJob(Job):
         from minisupernet.course.studies import measure_study
 
         checkpoint = folder / f"{name}.safetensors"
-        return measure_study(self.what, checkpoint=checkpoint, **self._arguments())
+        return measure_study(self.what, checkpoint=checkpoint, **self.told())
 
-    def record(self) -> tuple[str, tuple[str, ...]]:
+    def recorded(self) -> tuple[str, tuple[str, ...]]:
         """The study's own file, and the values that tell its runs apart."""
         from minisupernet.course.studies import STUDIES
 
         study = STUDIES[self.what]
-        return study.result, ("profile", "seed", *study.unit)
+        return study.result, ("profile", "seed", *study.unit, "data")
 
 
 def make_job(settings: Mapping[str, Any], root: Path) -> Job:

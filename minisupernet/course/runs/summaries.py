@@ -22,19 +22,17 @@ def record(run: Run, folder: Path, place: Path) -> None:
     """Put a finished run into the result file `place`, or into the book's own file
     where `place` is a folder.
 
-    It replaces an older one of the same experiment, set-up, seed, fold and overrides,
-    or of the same study, profile, seed and unit.
+    It replaces an older one of the same experiment, set-up, profile, seed, fold,
+    overrides and images, or of the same study, profile, seed, unit and images.
 
     Raises:
-        RunError: for a run of a notebook, which measures nothing that could be
-            recorded.
+        RunError: for a run that does not belong there.
     """
     from minisupernet.course.records import record_run
 
-    file, keys = run.job.record()
+    file, (_, keys) = run.job.record_file(place), run.job.recorded()
     if document := finished(folder, run.name, run.inputs):
-        target = place / file if place.is_dir() else place
-        record_run(target, document["result"], keys)
+        record_run(file, document["result"], keys)
 
 
 def summarise(sweep: Sweep, runs: Sequence[Run], folder: Path) -> str:

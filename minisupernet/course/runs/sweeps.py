@@ -35,7 +35,7 @@ from typing import Any
 from minisupernet.course.runs.jobs import Job, make_job
 from minisupernet.course.runs.parameters import plain, suggestion
 from minisupernet.course.runs.workers import Outcome, attempt, finished, one_line
-from minisupernet.errors import RunError
+from minisupernet.errors import CourseError, RunError
 
 __all__ = [
     "Run",
@@ -143,12 +143,13 @@ def _check_summary(
         raise RunError(f"{path}: no run has the parameter '{by}' to sum up by{near}")
 
 
-def runs_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Run]:
-    """Every run of a sweep, checked.
+def runs_of(sweep: Sweep, root: Path, to_record: Path | None = None) -> list[Run]:
+    """Every run of a sweep, checked, with the place `to_record` it.
 
     Raises:
         RunError: for the first run that cannot start, or that cannot be recorded where
             it is to be.
+        ResultError: where that place holds no runs.
     """
     runs = []
     for settings in sweep.runs:
@@ -156,7 +157,7 @@ def runs_of(sweep: Sweep, root: Path, to_record: bool = False) -> list[Run]:
         for value in sweep.values:
             job.check_value(value)
         if to_record:
-            job.record()
+            job.record_file(to_record)
         inputs = job.inputs()
         runs.append(Run(job, settings, f"{job.label()}-{inputs[:12]}", inputs))
     return runs
@@ -231,11 +232,12 @@ def do_runs(
         retries: how often a run whose process died is started again.
         timeout: seconds that one run may take.
         command: starts a process that calls `workers.serve`.
-        keep: called with each run that is finished, as it ends.
+        keep: called with each run as it ends well, and at the start with those that had
+            ended before; a run that it refuses, by an error of the package, has failed.
     """
     over = [run for run in runs if _is_over(run, folder)]
     todo = [run for run in runs if run not in over]
-    progress = _Progress(len(runs), len(over), folder, slots)
+    progress = _Progress(runs, over, folder, slots)
     failures: dict[str, str] = {}
     deaths: Counter[str] = Counter()
 
@@ -245,8 +247,13 @@ def do_runs(
         order |= {"name": run.name, "inputs": run.inputs}
         return executor.submit(attempt, order, list(command), timeout, threads)
 
+    def end(run: Run, reason: str = "") -> None:
+        if reason := reason or _refused(keep, run):
+            failures[run.name] = reason
+        progress.ended(run, reason)
+
     for run in over:
-        keep(run)
+        end(run)
     pending = {submit(run): run for run in todo}
     while pending:
         for future in wait(pending, timeout=1, return_when=FIRST_COMPLETED).done:
@@ -256,13 +263,18 @@ def do_runs(
             again = status == "died" and deaths[run.name] <= retries
             if again or status == "claimed":
                 pending[submit(run)] = run
-            elif status == "done":
-                keep(run)
-                progress.say(f"{run.name}: done")
             else:
-                failures[run.name] = reason
-                progress.say(f"failed: {reason}")
+                end(run, reason)
     return failures
+
+
+def _refused(keep: Callable[[Run], None], run: Run) -> str:
+    """Why a run that ended well could not be kept; empty where it was."""
+    try:
+        keep(run)
+    except CourseError as error:
+        return f"{run.name}: {one_line(error)}"
+    return ""
 
 
 def _is_over(run: Run, folder: Path) -> bool:
@@ -274,18 +286,27 @@ class _Progress:
     """Lines for a terminal and a log alike: what there is to do, and each run as it
     ends."""
 
-    def __init__(self, total: int, done: int, folder: Path, slots: int) -> None:
-        self.total, self.done, self.began = total, done, time.perf_counter()
-        print(f"{total} runs, {done} of them done before, in {folder}", flush=True)
-        if done < total:
-            at_once = min(slots, total - done)
-            print(f"{at_once} at once; each run's own log lies there.", flush=True)
+    def __init__(
+        self, runs: Sequence[Run], over: Sequence[Run], folder: Path, slots: int
+    ) -> None:
+        self.total, self.done, self.began = len(runs), 0, time.perf_counter()
+        self.before = {run.name for run in over}
+        number = f"{self.total} run{'s' if self.total > 1 else ''}"
+        self._print(f"{number}, {len(over)} done before, results in {folder}")
+        if at_once := min(slots, self.total - len(over)):
+            self._print(f"{at_once} at once; what each says is in its .log there")
 
-    def say(self, line: str) -> None:
+    def ended(self, run: Run, reason: str) -> None:
         self.done += 1
         minutes = (time.perf_counter() - self.began) / 60
         part = f"[{self.done}/{self.total}, {minutes:.1f} minutes]"
-        print(f"{part} {line}", flush=True)
+        if reason:
+            self._print(f"{part} failed: {reason}")
+        elif run.name not in self.before:
+            self._print(f"{part} {run.name}: done")
+
+    def _print(self, line: str) -> None:
+        print(line, flush=True)  # at once, also into a file
 
 
 def _outcome(future: Future) -> Outcome:

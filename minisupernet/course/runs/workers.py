@@ -35,6 +35,7 @@ __all__ = [
     "attempt",
     "carry_out",
     "finished",
+    "limits",
     "one_line",
     "serve",
 ]
@@ -116,16 +117,12 @@ def attempt(
         timeout: seconds after which the process is killed.
         threads: CPU threads of the process.
     """
-    limits = {
-        name: str(threads)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-    environment = os.environ | limits | {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    quiet = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        env=os.environ | limits(threads) | quiet,
         text=True,
     ) as process:
         try:
@@ -150,6 +147,12 @@ def attempt(
         f"{order['name']}: its process died with exit status"
         f" {process.returncode}{hint}.",
     )
+
+
+def limits(threads: int) -> dict[str, str]:
+    """The environment of a process that computes on so many CPU threads."""
+    libraries = ("OMP", "MKL", "OPENBLAS")
+    return {f"{library}_NUM_THREADS": str(threads) for library in libraries}
 
 
 def serve(make: Callable[[Mapping[str, Any], Path], Job] = make_job) -> None:
