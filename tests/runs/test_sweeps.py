@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -880,7 +881,8 @@ def test_what_is_missing_is_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster() -> Iterator:
+    """One for all tests; the last of them closes it."""
     distributed = pytest.importorskip(
         "distributed", reason="distributed is not installed: the extra `cluster`"
     )
@@ -892,6 +894,18 @@ def cluster():
     }
     with distributed.LocalCluster(**options, silence_logs=50) as local:
         yield local
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """A client waits one second for a scheduler that does not answer."""
+    distributed = pytest.importorskip(
+        "distributed", reason="distributed is not installed: the extra `cluster`"
+    )
+    client = distributed.Client
+    monkeypatch.setattr(
+        distributed, "Client", lambda at, timeout: client(at, timeout=1)
+    )
 
 
 def test_a_cluster_gives_the_same_results(tmp_path, cluster):
@@ -939,38 +953,38 @@ def test_a_cluster_worker_that_is_killed_loses_nothing(tmp_path, cluster):
     assert values(tmp_path) == expected(60) and not list(tmp_path.glob("*.complaint"))
 
 
-def test_a_cluster_that_is_not_there_is_one_sentence():
-    distributed = pytest.importorskip(
-        "distributed", reason="distributed is not installed: the extra `cluster`"
-    )
+def test_a_cluster_that_is_not_there_is_one_sentence(impatient):
     refusal = pytest.raises(
         RunError, match="no Dask scheduler answers at tcp://127.0.0.1:1; start one with"
     )
     with refusal, open_executor(0, "tcp://127.0.0.1:1"):
         pass
-    refusal = pytest.raises(
-        RunError, match="has no workers; start one with `dask worker tcp"
-    )
-    empty = distributed.LocalCluster(
-        n_workers=0, dashboard_address=":0", silence_logs=50
-    )
-    with empty, refusal, open_executor(0, empty.scheduler_address):
-        pass
 
 
-def test_a_cluster_that_goes_away_is_one_sentence(tmp_path):
+def test_a_cluster_without_workers_is_one_sentence():
     distributed = pytest.importorskip(
         "distributed", reason="distributed is not installed: the extra `cluster`"
     )
-    cluster = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50
+    refusal = pytest.raises(
+        RunError, match="has no workers; start one with `dask worker tcp"
     )
+    options = {"n_workers": 0, "dashboard_address": ":0", "silence_logs": 50}
+    with (
+        distributed.LocalCluster(**options) as empty,
+        refusal,
+        open_executor(0, empty.scheduler_address),
+    ):
+        pass
+
+
+def test_a_cluster_that_goes_away_is_one_sentence(tmp_path, cluster, impatient):
+    """In the middle of a sweep; it comes last, as the others need the cluster."""
+    address = cluster.scheduler_address
     refusal = pytest.raises(
         RunError, match="the cluster at tcp.* went away; start it and this sweep again"
     )
-    with refusal, open_executor(0, cluster.scheduler_address) as (executor, _):
+    with refusal, open_executor(0, address) as (executor, _):
         threading.Timer(1, cluster.close).start()
         run_tiny(counting(200), tmp_path, executor)
-    assert (
-        run_tiny(counting(3), tmp_path) == {}
-    )  # what it has left does not stand in the way
+    # what it has left does not stand in the way
+    assert run_tiny(counting(3), tmp_path) == {}
