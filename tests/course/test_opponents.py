@@ -1,5 +1,6 @@
 """The opponents of a task vector: every group runs on a tiny set, and is right."""
 
+import json
 import re
 from dataclasses import replace
 from statistics import fmean, stdev
@@ -10,9 +11,18 @@ from support import ROOT, coloured_squares
 
 from minisupernet.course.records import load_runs, results_file
 from minisupernet.course.studies import opponents
-from minisupernet.course.studies.opponents import GROUPS, fit_logistic, measure
+from minisupernet.course.studies.arms import Fold
+from minisupernet.course.studies.opponents import GROUPS, measure
 from minisupernet.course.studies.rates import best_rate
-from minisupernet.errors import StudyError
+from minisupernet.course.studies.setups import unseen_pairs
+from minisupernet.course.studies.trunk import (
+    Lesson,
+    TaskFeatures,
+    Trunk,
+    fit_logistic,
+)
+from minisupernet.errors import SetupError, StudyError
+from minisupernet.fitting import accuracy
 
 NUMBER = re.compile(r"\d+\.\d")
 
@@ -22,40 +32,87 @@ def squares():
     return coloured_squares(classes=20, train=60)
 
 
+def unit(images, group, experiment=2, checkpoint=None, report=str, channels=4):
+    sizes = {"of_experiment": experiment, "fold": 0, "channels": channels, "steps": 6}
+    return measure(images, 0, "quick", report, checkpoint, group=group, **sizes)
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    short = replace(opponents.QUICK, steps=6, images=40, trial_steps=2, most=3)
-    monkeypatch.setattr(opponents, "QUICK", short)
+    steps = {"fit_steps": 2, "long_steps": (2, 3), "longest": (4,), "trial_steps": 2}
+    monkeypatch.setattr(opponents, "QUICK", replace(opponents.QUICK, **steps))
 
 
 @pytest.mark.parametrize(
     ("experiment", "group"), [(1, "heads"), *((2, group) for group in GROUPS)]
 )
 def test_a_group_measures_every_held_out_task(squares, experiment, group, tmp_path):
-    path = tmp_path / "unit.safetensors"
-    run = measure(squares, 0, "quick", str, path, experiment, 0, group)
-    assert run["few"] and all(
-        len(arm["test"]) == len(run["held_out"]) >= 2
-        for arms in run["few"].values()
-        for arm in arms.values()
-    )
-    for arms in run["few"].values():
-        for arm in arms.values():
-            tried = [each["rate"] for each in arm.get("tried", [])]
-            assert tried == sorted(tried) and (not tried or arm["rate"] in tried)
+    run = unit(squares, group, experiment, tmp_path / "unit.safetensors")
+    arms = [arm for arms in run["few"].values() for arm in arms.values()]
+    count = len(run["held_out"])
+    assert arms and count >= 2
+    for arm in arms:
+        assert len(arm["test"]) == len(arm["test_mirrored"]) == count
+        tried = [each["rate"] for each in arm.get("tried", [])]
+        assert tried == sorted(tried) and (not tried or arm["rate"] in tried)
     if group == "prior":
         assert run["generator"]["sha256_before"] == run["generator"]["sha256_after"]
         assert len(run["prior"]) == 32 and min(run["prior"]) > -1e-6
+    assert run["steps"] == 6 and not list(tmp_path.glob("*.so_far"))
+
+
+def test_a_killed_unit_goes_on_and_ends_as_if_never_killed(squares, tmp_path):
+    whole, said = unit(squares, "from_trunk"), []
+
+    def killed(line):
+        said.append(line)
+        if line.startswith("5 images"):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "unit.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        unit(squares, "from_trunk", checkpoint=path, report=killed)
+    done = json.loads(path.with_suffix(".so_far").read_text())
+    assert {"trunk", "lora 5"} <= done.keys() and "lora all" not in done
+    again = unit(squares, "from_trunk", checkpoint=path)
+    assert again["few"] == whole["few"] and again["trunk"]["rate"]
+    assert again["trunk"]["sha256"] == whole["trunk"]["sha256"]
 
 
 def test_no_trunk_is_trained_on_a_held_out_class(squares):
-    run = measure(squares, 0, "quick", str, None, 2, 0, "heads")
+    run = unit(squares, "heads")
     assert run["trunk"]["classes"] == squares.classes - 2 * len(run["held_out"])
 
 
-def test_an_unknown_group_is_refused(squares):
+def test_a_unit_that_cannot_be_is_refused(squares):
     with pytest.raises(StudyError, match="no group 'tails'; choose of heads"):
-        measure(squares, 0, "quick", str, None, 2, 0, "tails")
+        unit(squares, "tails")
+    with pytest.raises(SetupError, match="channels must be 1 or more, not 0"):
+        unit(squares, "heads", channels=0)
+
+
+def test_trunk_and_head_are_one_network(squares):
+    fold = Fold.of(replace(unseen_pairs(2, "quick"), channels=4), squares, 0, 0)
+    lesson, data = Lesson.of(fold, 40), fold.data(fold.held_out)
+    trunk = Trunk(lesson.train(1e-3, 4)[0], lesson)
+    features = TaskFeatures.of(trunk, data)
+    head = fit_logistic(*features.to_train(), 0.1)
+    alone, _ = features.right(head, "test")
+    whole = accuracy(fold.target, trunk.with_head(head), data)
+    assert (alone - whole).abs().max() < 1e-6
+
+
+def test_the_start_of_he_keeps_the_length_of_a_signal(squares):
+    fold = Fold.of(replace(unseen_pairs(2, "quick"), channels=64), squares, 0, 0)
+    weights = fold.spec.split(opponents.STARTS["he"](fold, 2))
+    signal = torch.randn(2, 50, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = [
+        torch.nn.functional.conv2d(x, w, padding=2)
+        for x, w in zip(signal, weights["convolutions.1.weight"], strict=True)
+    ]
+    after = torch.nn.functional.leaky_relu(torch.stack(out), 0.2)[..., 2:-2, 2:-2]
+    assert 0.8 < after.square().mean() / signal.square().mean() < 1.25
+    assert weights["output.bias"].abs().max() == 0
 
 
 def test_a_logistic_regression_is_the_minimum():

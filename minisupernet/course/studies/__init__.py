@@ -44,7 +44,13 @@ STUDIES = {
     "opponents": Study(
         "07_opponents.json",
         "cifar100",
-        {"of_experiment": 2, "fold": 0, "group": "heads"},
+        {
+            "of_experiment": 2,
+            "fold": 0,
+            "group": "heads",
+            "channels": 16,
+            "steps": 0,
+        },
     ),
     "pudnet": Study("08_pudnet.json", "cifar100"),
 }
