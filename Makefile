@@ -22,7 +22,7 @@ book: $(READY) ## run every notebook, build the book, print its address
 test: $(READY) ## check the style, the package, and every notebook against its stored outputs
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest tests -q -n 2 $(PYTEST)
+	$(BIN)/python -m pytest tests -q -n 2 --dist worksteal $(PYTEST)
 	$(BIN)/python -m pytest --nbval notebooks -q -n 2 --dist loadfile
 
 test-long: $(READY) ## the same and the nightly part: every page in both schemes, thousands of tries
@@ -58,7 +58,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("This course needs Python 3.11 or later, not %d.%d: use make PYTHON=python3.11" \
 	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "uv>=0.5"
-	$(BIN)/python -m uv pip install --quiet --compile-bytecode --python $(BIN)/python $(INSTALL) \
+	@# uv takes a fraction of pip's time and reads none of its settings: pip does it where it has an index of its own
+	! $(BIN)/python -m pip config list | grep -q '\.index-url=' \
+	    && $(BIN)/python -m pip install --quiet -c constraints.txt uv \
+	    && $(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(INSTALL) \
 	    || $(BIN)/python -m pip install $(INSTALL)
 	@touch $@
