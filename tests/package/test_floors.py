@@ -126,6 +126,11 @@ def test_every_room_is_there():
             "data.tasks imports target",
         ),
         (
+            "files",
+            "if TYPE_CHECKING:\n    from minisupernet.data import images",
+            "files imports data.images",
+        ),
+        (
             "course/studies/arms",
             "from minisupernet.course.runs import jobs",
             "course.studies.arms imports course.runs.jobs",

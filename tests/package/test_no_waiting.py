@@ -18,8 +18,7 @@ from support import coloured_squares
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minisupernet import classification as pictures
-from minisupernet import fitting
+from minisupernet import classification, fitting
 from minisupernet.classification import Pictures
 from minisupernet.course.studies import hyperlstm, pudnet_fits
 from minisupernet.course.studies.pudnet_fits import DatasetFits
@@ -120,7 +119,7 @@ def watches(monkeypatch) -> list[Watch]:
     for each loop that ran.
     """
     found: list[Watch] = []
-    for module in (fitting, pictures, pudnet_fits, hyperlstm):
+    for module in (fitting, classification, pudnet_fits, hyperlstm):
         monkeypatch.setattr(module, "train", partial(train_on_meta, found))
     for module in (tasks, pudnet_fits):
         monkeypatch.setattr(
@@ -240,7 +239,9 @@ def test_a_step_of_a_large_network_copies_only_the_numbers_of_its_images(
     generated, watches
 ):
     shown = to_meta(Pictures(IMAGES, validation=20, batch=8, crop=2))
-    pictures.fit(WideResNet(10, generated=generated).to(META), shown, 1e-3, STEPS, 0)
+    classification.fit(
+        WideResNet(10, generated=generated).to(META), shown, 1e-3, STEPS, 0
+    )
     assert (
         watches[0].copied == STEPS * 8 * 4
     )  # its number, mirrored or not, and two shifts
