@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from minisupernet.course.runs.jobs import short_digest
 from minisupernet.course.runs.notebooks import (
     course_notebooks,
     environment,
@@ -76,15 +77,16 @@ def make_book(
 ) -> Path:
     """Run every notebook, build the book from the runs, and return its first page.
 
-    All of it lies in `_build/<profile>-<data>`. With `committed` nothing is run: the
-    stored outputs are taken, and it lies in `_build/committed`.
+    All of it lies in `_build/<profile>-<data>`, behind the name of an .npz file six
+    letters that stand for its folder. With `committed` nothing is run: the stored
+    outputs are taken, and it lies in `_build/committed`.
     """
     notebooks = course_notebooks(root)
+    name = f"{profile}-{data}"
     if data.endswith(".npz"):
         data = str(Path(data).expanduser().resolve())
-    folder = (
-        root / "_build" / ("committed" if committed else f"{profile}-{Path(data).stem}")
-    )
+        name = f"{profile}-{Path(data).stem}-{short_digest(data)}"
+    folder = root / "_build" / ("committed" if committed else name)
     if not committed:
         parameters = {"profile": profile, "data": data, "seed": seed}
         run_notebooks(notebooks, folder / "notebooks", parameters, root)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minisupernet.errors import CourseError
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -19,13 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status; an error of the package is one line
     and no traceback.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m minisupernet", description="Networks that make networks."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add_command in (add_data, add_book, add_notebooks, add_run, add_sweep):
-        add_command(commands)
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -36,10 +31,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and option; the book's page of them is drawn from it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minisupernet", description="Networks that make networks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add_command in (add_data, add_book, add_notebooks, add_run, add_sweep):
+        add_command(commands)
+    return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number for an option, and refuses one below `least`."""
+
+    def whole(word: str) -> int:
+        if (number := int(word)) < least:
+            raise argparse.ArgumentTypeError(f"{word} is less than {least}")
+        return number
+
+    return whole
+
+
+def seconds(word: str) -> float:
+    """Reads a time for an option."""
+    if not 0 < (number := float(word)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{word} is no time in seconds")
+    return number
+
+
 def add_data(commands: argparse._SubParsersAction) -> None:
     """`data`: download CIFAR-100 and CIFAR-10."""
     parser = commands.add_parser(
-        "data", help="download CIFAR-100 and CIFAR-10 and check the files"
+        "data",
+        help="download CIFAR-100 and CIFAR-10 and check the files",
+        description="Downloads what is missing into the data folder, which is"
+        " MINISUPERNET_DATA or lies in the user's cache folder, and says where it is.",
     )
     parser.set_defaults(run=run_data)
 
@@ -60,7 +87,13 @@ def run_data(options: argparse.Namespace) -> None:
 
 def add_book(commands: argparse._SubParsersAction) -> None:
     """`book`: run the notebooks and build the HTML."""
-    parser = commands.add_parser("book", help="run the notebooks and build the book")
+    parser = commands.add_parser(
+        "book",
+        help="run the notebooks and build the book",
+        description="Writes into _build/PROFILE-DATA: the notebooks that ran in"
+        " notebooks, the pages in html. A notebook that ran with the same inputs is not"
+        " run again.",
+    )
     parser.add_argument("--profile", default="quick", help="quick or full (quick)")
     parser.add_argument(
         "--data",
@@ -71,7 +104,7 @@ def add_book(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--committed",
         action="store_true",
-        help="take the stored outputs and run nothing",
+        help="take the stored outputs and run nothing, into _build/committed",
     )
     parser.set_defaults(run=run_book)
 
@@ -93,6 +126,8 @@ def add_notebooks(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "notebooks",
         help="run the notebooks on Shapes-100 and store their outputs in place",
+        description="Runs in _build/refresh, and then writes the outputs into the"
+        " notebooks of the repository.",
     )
     parser.set_defaults(run=run_notebooks)
 
@@ -107,7 +142,11 @@ def run_notebooks(options: argparse.Namespace) -> None:
 def add_run(commands: argparse._SubParsersAction) -> None:
     """`run`: run one notebook with parameters."""
     parser = commands.add_parser(
-        "run", help="run one notebook with parameters, into a folder of its own"
+        "run",
+        help="run one notebook with parameters, into a folder of its own",
+        description="Writes into its folder NAME.ipynb, the notebook with its outputs,"
+        " and NAME.json, whether it is done, its seconds and versions; after a failure"
+        " NAME.unfinished.ipynb.",
     )
     parser.add_argument("notebook", help="a number (5), a name (05_supernet) or a path")
     parser.add_argument(
@@ -117,10 +156,11 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar=("NAME", "VALUE"),
         dest="parameters",
+        help="a parameter of the notebook, as often as there are any",
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="the longest one cell may take (the profile's)",
     )
@@ -137,29 +177,30 @@ def run_one(options: argparse.Namespace) -> None:
     from minisupernet.course.runs.jobs import make_job
     from minisupernet.course.runs.parameters import read_word
     from minisupernet.course.runs.workers import carry_out
+    from minisupernet.errors import RunError
 
-    settings = {
-        "notebook": options.notebook,
-        **{name: read_word(word) for name, word in options.parameters},
-    }
-    job = make_job(settings, CHECKOUT)
-    folder, name = (
-        (options.out or CHECKOUT / "_build" / "runs" / job.label()).resolve(),
-        Path(job.what).stem,
-    )
-    ran = carry_out(
-        job, folder, name, job.inputs(), seconds=options.timeout, progress=True
-    )
-    print(
-        f"{folder / name}.ipynb:"
-        f" {'done' if ran else 'already done with the same inputs'}"
-    )
+    names = [name for name, _ in options.parameters]
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise RunError(f"parameter {twice[0]} is given twice; leave one out.")
+    given = {name: read_word(word) for name, word in options.parameters}
+    job = make_job({"notebook": options.notebook, **given}, CHECKOUT)
+    folder = options.out or CHECKOUT / "_build" / "runs" / job.folder()
+    folder, name = folder.resolve(), Path(job.what).stem
+    print(f"{name} runs in {folder}", flush=True)
+    limits = {"seconds": options.timeout, "progress": True}
+    ran = carry_out(job, folder, name, job.inputs(), **limits)
+    how = "done" if ran else "already done with the same inputs"
+    print(f"{folder / name}.ipynb: {how}")
 
 
 def add_sweep(commands: argparse._SubParsersAction) -> None:
     """`sweep`: do the runs of a YAML file, here or on a cluster."""
     parser = commands.add_parser(
-        "sweep", help="do many runs from a YAML file, here or on a Dask cluster"
+        "sweep",
+        help="do many runs from a YAML file, here or on a Dask cluster",
+        description="Writes into a folder: of each run RUN.json, its result, and"
+        " RUN.log, what it says; of all summary.md and summary.png. What is done is not"
+        " done again.",
     )
     parser.add_argument("file", type=Path, help="as in sweeps/")
     parser.add_argument(
@@ -175,20 +216,25 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--retries",
-        type=int,
+        type=at_least(0),
         default=2,
         help="how often a run whose process died is repeated (2)",
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="the longest one run may take (no limit)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads a run (1)")
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1, help="CPU threads a run (1)"
+    )
     parser.add_argument("--out", type=Path, help="folder (_build/sweeps/<file>)")
     parser.add_argument(
-        "--record", type=Path, help="result file, or the folder of the book's: results"
+        "--record",
+        type=Path,
+        help="record each run as it ends, in this file (mine.json) or in those of the"
+        " book (results)",
     )
     parser.set_defaults(run=run_sweep)
 
@@ -200,10 +246,14 @@ def run_sweep(options: argparse.Namespace) -> None:
 
     sweep = sweeps.read_sweep(options.file)
     runs = sweeps.runs_of(sweep, CHECKOUT, options.record)
-    folder = options.out or CHECKOUT / "_build" / "sweeps" / options.file.stem
-    folder = folder.resolve()
+    folder = options.out or CHECKOUT / "_build" / "sweeps" / sweep_name(options.file)
+    folder, warned = folder.resolve(), False
 
     def keep(run: sweeps.Run) -> None:
+        nonlocal warned
+        if not warned and (lack := summaries.lacking(sweep, run, folder)):
+            print(f"There will be no summary: {lack}", flush=True)
+            warned = True
         if options.record:
             summaries.record(run, folder, options.record)
 
@@ -218,3 +268,14 @@ def run_sweep(options: argparse.Namespace) -> None:
             f"{len(failures)} of {len(runs)} runs failed, as said above; the same"
             " command repeats them."
         )
+
+
+def sweep_name(file: Path) -> str:
+    """The folder of a sweep; behind the name of a file that is not the course's stand
+    six letters, which tell it from others of that name."""
+    from minisupernet.course.runs.jobs import short_digest
+
+    file = file.resolve()
+    if file.parent == CHECKOUT / "sweeps":
+        return file.stem
+    return f"{file.stem}-{short_digest(str(file))}"

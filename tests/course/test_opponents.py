@@ -87,7 +87,7 @@ def test_no_trunk_is_trained_on_a_held_out_class(squares):
 def test_a_unit_that_cannot_be_is_refused(squares):
     with pytest.raises(StudyError, match="no group 'tails'; choose of heads"):
         unit(squares, "tails")
-    with pytest.raises(SetupError, match="channels must be 1 or more, not 0"):
+    with pytest.raises(SetupError, match="channels must be from 1 to 10,000, not 0"):
         unit(squares, "heads", channels=0)
 
 

@@ -5,6 +5,7 @@ plain about what failed.
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,9 @@ from support import ROOT
 
 from minisupernet.course import book
 from minisupernet.course.book import refresh
-from minisupernet.course.commands import main
+from minisupernet.course.commands import main, sweep_name
 from minisupernet.course.runs import notebooks as runs
-from minisupernet.course.runs.jobs import make_job
+from minisupernet.course.runs.jobs import Job, make_job, short_digest
 from minisupernet.course.runs.notebooks import (
     check_parameters,
     execute,
@@ -218,7 +219,7 @@ def test_a_failing_cell_is_named_and_the_old_output_is_kept_apart(checkout):
         run_tiny(checkout, seed=1)
     assert (
         str(failure.value)
-        == "01_tiny, In [3] `raise ValueError('too big\\nby far')`: ValueError: too big"
+        == "01_tiny, In [4] `raise ValueError('too big\\nby far')`: ValueError: too big"
     )
     assert printed(checkout / "out" / "01_tiny.unfinished.ipynb") == "so far\n"
     assert (checkout / "out" / "01_tiny.ipynb").read_bytes() == good
@@ -244,7 +245,7 @@ def test_a_dead_kernel_is_named(checkout):
     )
     with pytest.raises(
         RunError,
-        match=r"02_dead, In \[2\] `import os; os._exit\(1\)`: DeadKernelError: ",
+        match=r"02_dead, In \[3\] `import os; os._exit\(1\)`: DeadKernelError: ",
     ):
         run_notebook(path, checkout / "out", {"seed": 1}, checkout)
 
@@ -324,12 +325,24 @@ def test_two_files_of_one_name_get_two_folders(checkout):
         (checkout / place).mkdir(exist_ok=True)
         (checkout / place / "mine.npz").write_text("images")
         data = str(checkout / place / "mine.npz")
-        labels.append(make_job({"notebook": 1, "data": data}, checkout).label())
+        labels.append(make_job({"notebook": 1, "data": data}, checkout).folder())
     assert labels[0] == labels[2] != labels[1]
     assert labels[0].startswith("01_tiny-data=mine.npz-")
     own = write_notebook(checkout / "elsewhere" / "01_tiny.ipynb", "1")
-    ours = make_job({"notebook": 1}, checkout).label()
-    assert ours == "01_tiny" != make_job({"notebook": str(own)}, checkout).label()
+    ours = make_job({"notebook": 1}, checkout).folder()
+    assert ours == "01_tiny" != make_job({"notebook": str(own)}, checkout).folder()
+
+
+def test_a_label_that_would_be_too_long_is_cut_and_told_apart(checkout):
+    words = [{"notebook": 1, "data": f"{'x' * 400}{n}.npz"} for n in range(2)]
+    labels = [Job("01_tiny", each, checkout).label() for each in words]
+    assert len(set(labels)) == 2 and all(len(label) < 180 for label in labels)
+
+
+def test_two_sweeps_of_one_name_get_two_folders(tmp_path):
+    assert sweep_name(ROOT / "sweeps" / "try.yaml") == "try"
+    names = {sweep_name(tmp_path / place / "try.yaml") for place in ("one", "two")}
+    assert len(names) == 2 and all(name.startswith("try-") for name in names)
 
 
 def test_a_missing_notebook_is_one_sentence(tmp_path):
@@ -341,11 +354,43 @@ def test_a_missing_notebook_is_one_sentence(tmp_path):
 
 def test_a_file_that_is_no_notebook_is_one_sentence(tmp_path):
     (tmp_path / "broken.ipynb").write_text("{")
-    with pytest.raises(
-        RunError,
-        match=("broken.ipynb has no cell with the tag 'parameters'"),
-    ):
+    with pytest.raises(RunError, match="broken.ipynb is no notebook; restore it"):
         check_parameters(tmp_path / "broken.ipynb", {})
+
+
+@pytest.mark.parametrize(
+    ("cells", "language", "said"),
+    [
+        (["seed = 0"], "R", "is a notebook in R; only Python runs here"),
+        (["seed = 0", "seed = 1"], "python", "has 2 cells with the tag 'parameters'"),
+        (
+            ["seed = print()"],
+            "python",
+            "must hold lines such as `seed = 0` and nothing",
+        ),
+        (["import os"], "python", "must hold lines such as `seed = 0` and nothing"),
+        (["seed = ("], "python", "must hold lines such as `seed = 0` and nothing"),
+        ([], "python", "mine has no parameter 'seed'"),
+    ],
+)
+def test_a_notebook_that_cannot_take_parameters_says_why(
+    tmp_path, cells, language, said
+):
+    tagged = {"tags": ["parameters"]}
+    notebook = new_notebook(cells=[new_code_cell(c, metadata=tagged) for c in cells])
+    notebook.metadata = {"kernelspec": {"name": "any", "language": language}}
+    nbformat.write(notebook, tmp_path / "mine.ipynb")
+    with pytest.raises(RunError, match=re.escape(said)):
+        check_parameters(tmp_path / "mine.ipynb", {"seed": 1})
+
+
+def test_numbers_are_taken_as_python_takes_them(tmp_path):
+    source = "rate: float = 0.1\nshift = -1\n"
+    cell = new_code_cell(source, metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "mine.ipynb")
+    check_parameters(tmp_path / "mine.ipynb", {"rate": 1, "shift": 3})
+    with pytest.raises(RunError, match="shift of mine must be of type int, as -1 is"):
+        check_parameters(tmp_path / "mine.ipynb", {"shift": 0.5})
 
 
 def test_no_parameter_becomes_code(tmp_path):
@@ -409,7 +454,13 @@ def test_the_run_command_leaves_a_notebook_and_a_result(checkout, monkeypatch, c
     )
     assert found["versions"]["torch"] and len(found["inputs"]) == 64
     said = capsys.readouterr()
-    assert "01_tiny.ipynb: done" in said.out and "4/4" in said.err  # the bar of cells
+    assert said.out.splitlines() == [
+        f"01_tiny runs in {folder}",
+        f"{folder}/01_tiny.ipynb: done",
+    ]
+    lines = said.err.splitlines()  # off a terminal there is no bar
+    assert lines[0].startswith("0 of 4 cells") and lines[-1].startswith("4 of 4 cells")
+    assert "\r" not in said.err
     assert (
         main(command) == 0
         and "already done with the same inputs" in capsys.readouterr().out
@@ -454,10 +505,28 @@ def test_the_run_command_stops_a_cell_that_takes_too_long(
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run 1 --timeout 0", "argument --timeout: 0 is no time in seconds"),
+        ("run 1 --timeout nan", "argument --timeout: nan is no time in seconds"),
+        ("sweep try.yaml --threads 0", "argument --threads: 0 is less than 1"),
+        ("sweep try.yaml --retries -1", "argument --retries: -1 is less than 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_option(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
 def test_the_run_command_refuses_before_anything_runs(
     checkout, monkeypatch, executions, capsys
 ):
     monkeypatch.setattr("minisupernet.course.commands.CHECKOUT", checkout)
+    assert main(["run", "1", "-p", "seed", "1", "-p", "seed", "2"]) == 1
+    twice = "parameter seed is given twice; leave one out.\n"
+    assert capsys.readouterr().err == twice
     assert main(["run", "1", "-p", "quick", "false"]) == 1
     assert (
         capsys.readouterr().err
@@ -503,7 +572,7 @@ def test_the_others_run_and_names_every_failure(checkout, capfd):
     with pytest.raises(RunError) as failure:
         run_notebooks(paths, checkout / "out", {"seed": 5}, checkout)
     assert str(failure.value).splitlines() == [
-        f"0{n}_bad, In [2] `1 / 0`: ZeroDivisionError: division by zero" for n in (2, 3)
+        f"0{n}_bad, In [3] `1 / 0`: ZeroDivisionError: division by zero" for n in (2, 3)
     ]
     assert printed(checkout / "out" / "01_tiny.ipynb") == "quick auto 5\n"
     assert "] 01_tiny: done" in capfd.readouterr().out
@@ -554,7 +623,9 @@ def test_the_book_is_assembled_from_the_runs_and_nothing_old_stays(
 ):
     (checkout / "book").mkdir()
     (checkout / "book" / "intro.md").write_text("# Intro")
-    old = checkout / "_build" / "quick-mine" / "source" / "old.md"
+    monkeypatch.chdir(checkout)
+    place = f"quick-mine-{short_digest(str(checkout / 'mine.npz'))}"
+    old = checkout / "_build" / place / "source" / "old.md"
     old.parent.mkdir(parents=True)
     old.write_text("old")
     monkeypatch.setattr(
@@ -563,7 +634,6 @@ def test_the_book_is_assembled_from_the_runs_and_nothing_old_stays(
         lambda paths, *rest: [run_notebook(path, *rest) for path in paths],
     )
     monkeypatch.setattr(book, "build_html", lambda source, target: source)
-    monkeypatch.chdir(checkout)
     (checkout / "mine.npz").write_text("images")
     source = book.make_book(checkout, data="mine.npz", seed=4)
     files = sorted(

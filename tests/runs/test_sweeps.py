@@ -5,6 +5,7 @@ whatever dies, fills up or hangs.
 import dataclasses
 import functools
 import getpass
+import itertools
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from minisupernet.course.records import load_runs, record_run
 from minisupernet.course.runs.inputs import code_used, package_fingerprint
 from minisupernet.course.runs.jobs import make_job
 from minisupernet.course.runs.parameters import override, read_word
-from minisupernet.course.runs.summaries import record, summarise
+from minisupernet.course.runs.summaries import lacking, record, summarise
 from minisupernet.course.runs.sweeps import (
     Run,
     Sweep,
@@ -48,8 +49,9 @@ from minisupernet.course.runs.workers import (
     limits,
 )
 from minisupernet.course.statistics import interval
-from minisupernet.course.studies.setups import better
-from minisupernet.errors import FileError, ResultError, RunError
+from minisupernet.course.studies.setups import SETUPS, better, make_setup
+from minisupernet.data import ImageSet
+from minisupernet.errors import DataError, FileError, ResultError, RunError
 
 pytestmark = pytest.mark.skipif(
     os.name == "nt", reason="processes are killed by the signals of POSIX"
@@ -80,15 +82,15 @@ def write_sweep(folder: Path, **entries) -> Path:
 @pytest.fixture(scope="module")
 def squares_file(tmp_path_factory) -> Path:
     squares = coloured_squares(classes=20, train=54, test=10)
-    arrays = {
-        f"{part}_labels": getattr(squares, f"{part}_labels").numpy()
-        for part in ("train", "test")
-    }
+    return save(squares, tmp_path_factory.mktemp("images") / "squares.npz")
+
+
+def save(images: ImageSet, path: Path) -> Path:
+    arrays = {}
     for part in ("train", "test"):
-        arrays[f"{part}_images"] = (
-            getattr(squares, f"{part}_images").permute(0, 2, 3, 1).numpy()
-        )
-    path = tmp_path_factory.mktemp("images") / "squares.npz"
+        pixels = getattr(images, f"{part}_images").permute(0, 2, 3, 1)
+        arrays[f"{part}_images"] = pixels.numpy()
+        arrays[f"{part}_labels"] = getattr(images, f"{part}_labels").numpy()
     np.savez(path, **arrays)
     return path
 
@@ -194,12 +196,52 @@ def test_a_file_that_describes_no_sweep_is_one_sentence(tmp_path, text, said):
         read_sweep(tmp_path / "missing.yaml")
 
 
-def test_a_value_that_no_run_will_have_is_told_before_any_runs(tmp_path):
-    fixed = {"experiment": 1, "setup": "better", "profile": "quick"}
-    summary = {"values": ["arms.z_onli.test"], "by": "setup"}
-    sweep = read_sweep(write_sweep(tmp_path, fixed=fixed, summary=summary))
-    with pytest.raises(RunError, match="no value 'arms.z_onli.test'; did you mean"):
+@pytest.mark.parametrize(
+    ("value", "near"),
+    [
+        ("arms.z_onli.test", "arms.z_only.test"),
+        ("arm.z_only.test", "arms.z_only.test"),
+        ("few.20.z_only.test", "arms.z_only.test"),
+        ("arms.unfrozen.test", "arms.z_only.test"),
+        ("trained.right", "trained.right_z"),
+        ("second", "seconds"),
+        ("geometri.share", "geometry"),
+    ],
+)
+def test_a_value_that_no_run_will_have_is_told_before_any_runs(value, near):
+    sweep = Sweep((SHORT,), ("seconds", "geometry.share", value), "setup")
+    with pytest.raises(RunError, match=f"no value '{value}'; did you mean '{near}'?"):
         runs_of(sweep, ROOT)
+
+
+def test_a_notebook_has_only_seconds_to_sum_up():
+    assert runs_of(Sweep(({"notebook": 5},), ("seconds", "cell_seconds"), ""), ROOT)
+    with pytest.raises(RunError, match="no value 'arms.z_only.test'; did you mean"):
+        runs_of(Sweep(({"notebook": 5},), ("arms.z_only.test",), ""), ROOT)
+
+
+def test_what_a_study_lacks_is_told_as_its_first_run_ends(tmp_path):
+    task = tiny_task("count", number=0)
+    assert run_tiny([task], tmp_path) == {}
+    assert lacking(Sweep((), ("value", "seconds"), ""), task, tmp_path) == ""
+    said = lacking(Sweep((), ("seconds", "valeu"), ""), task, tmp_path)
+    assert "no value 'valeu'; where 'valeu' should be there is" in said
+
+
+def test_images_too_few_for_the_chapter_are_told_before_any_runs(tmp_path):
+    few = coloured_squares(classes=4, train=54, test=10)
+    runs = Sweep(
+        ({"experiment": 1, "data": str(save(few, tmp_path / "few.npz"))},), (), ""
+    )
+    with pytest.raises(DataError, match="few.npz has 4 classes, fewer than the 8"):
+        runs_of(runs, ROOT)
+
+
+def test_every_number_of_every_set_up_has_a_range_and_lies_in_it():
+    for name, experiment in itertools.product(SETUPS, (1, 2)):
+        for profile in ("quick", "full"):
+            if (name, experiment) != ("unseen_pairs", 1):
+                make_setup(name, experiment, profile).check()
 
 
 @pytest.mark.parametrize(
@@ -213,16 +255,38 @@ def test_a_value_that_no_run_will_have_is_told_before_any_runs(tmp_path):
             "no set-up 'run_experiment'; use one of original, better",
         ),
         ({"experiment": 1, "sed": 1}, "there is no setting 'sed'"),
-        ({"experiment": 1, "z_dim": 0}, "z_dim must be 1 or more, not 0"),
-        ({"experiment": 1, "folds": 1}, "folds must be 2 or more, not 1"),
-        ({"experiment": 1, "channels": -3}, "channels must be 1 or more, not -3"),
-        ({"experiment": 1, "hidden": [4, 0]}, "hidden must be 1 or more, not 0"),
-        ({"experiment": 1, "training.steps": 0}, "training.steps must be 1 or more"),
-        ({"experiment": 1, "adaptation.images": 0}, "adaptation.images must be 1"),
+        ({"experiment": 1, "z_dim": 0}, "z_dim must be from 1 to 10,000, not 0"),
+        ({"experiment": 1, "folds": 1}, "folds must be from 2 to 10,000, not 1"),
+        (
+            {"experiment": 1, "channels": -3},
+            "channels must be from 1 to 10,000, not -3",
+        ),
+        (
+            {"experiment": 1, "hidden": [4, 0]},
+            "hidden must be from 1 to 100,000, not 0",
+        ),
+        ({"experiment": 1, "training.steps": 0}, "training.steps must be from 1"),
+        ({"experiment": 1, "adaptation.images": 0}, "adaptation.images must be from"),
         ({"experiment": 1, "training.rate": -1.0}, "training.rate must be above 0"),
         ({"experiment": 1, "rates.z_only": [0.0]}, "rates.z_only must be above 0"),
         ({"experiment": 1, "rates.z_only": []}, "rates.z_only needs at least one"),
         ({"experiment": 1, "z_share": 1.5}, "z_share must be from 0 to 1, not 1.5"),
+        ({"experiment": 1, "own_share": 1.0}, "own_share must be from 0 to 0.99, not"),
+        ({"experiment": 1, "bound": 0.0}, "bound must be above 0, not 0.0"),
+        ({"experiment": 1, "unfrozen": -1}, "unfrozen must be from 0"),
+        ({"experiment": 1, "augmentation.crop": 99}, "augmentation.crop must be from"),
+        ({"experiment": 1, "sizes": [5, 0]}, "sizes must be from 1"),
+        ({"experiment": 1, "training.decay": -1}, "training.decay must be from 0"),
+        ({"experiment": 1, "training.z_rate": 0}, "training.z_rate must be above 0"),
+        ({"experiment": 1, "training.optimizer": "adma"}, "no optimiser 'adma'; use"),
+        ({"experiment": 1, "device": "gpu"}, "no device 'gpu'; use auto, cuda, mps"),
+        ({"experiment": 1, "fold": -1}, "experiment 1 has no fold -1"),
+        ({"study": "opponents", "group": "head"}, "no group 'head'; choose of heads"),
+        ({"study": "opponents", "fold": 5}, "there is no fold 5; choose 0 to 4"),
+        ({"study": "opponents", "of_experiment": 3}, "no experiment 3; choose 1 or 2"),
+        ({"study": "static_long", "epochs": 0.0}, "rate and epochs must be above 0"),
+        ({"study": "static_long", "arm": "none"}, "there is no arm 'none'; choose one"),
+        ({"study": "static_long", "device": "cuda:x"}, "there is no device 'cuda:x'"),
         (
             {"experiment": 1, "z_dims": 1},
             "there is no setting 'z_dims'; did you mean 'z_dim'?",

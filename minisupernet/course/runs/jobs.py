@@ -2,6 +2,7 @@
 checked before anything starts.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Collection, Mapping
@@ -19,7 +20,7 @@ from minisupernet.course.runs.notebooks import (
 from minisupernet.course.runs.parameters import override, plain, suggestion
 from minisupernet.errors import RunError
 
-__all__ = ["Job", "make_job"]
+__all__ = ["Job", "make_job", "short_digest"]
 
 IMAGE_SETS = ("auto", "cifar100", "cifar10", "shapes100")
 
@@ -38,9 +39,21 @@ class Job:
         """Raise a RunError where this run cannot start."""
         raise NotImplementedError
 
+    def check_images(self) -> None:
+        """Raise a DataError for a file of images that are too few for this run."""
+
+    def values(self) -> set[str]:
+        """What its result is known to hold, written as "arms.z_only.test"; a name that
+        ends in a dot stands for all that begins so."""
+        return {"seconds"}
+
     def check_value(self, value: str) -> None:
-        """Raise a RunError where it is known that the result will have no such value,
-        written as "arms.z_only.test"."""
+        """Raise a RunError where the result will have no such value."""
+        known = self.values()
+        begins = tuple(each for each in known if each.endswith("."))
+        if value not in known and not value.startswith(begins):
+            near = suggestion(value, {each.rstrip(".") for each in known})
+            raise RunError(f"a run of {self.label()} has no value '{value}'{near}")
 
     def inputs(self) -> str:
         """A sha256 over all that decides the result: code, parameters, images,
@@ -121,16 +134,20 @@ class Job:
         }
 
     def label(self) -> str:
-        """A file name that says what runs and with which parameters; two files of one
-        name, in two folders, are told apart."""
+        """A file name that says what runs and with which parameters."""
         what, *parameters = self.settings().items()
         words = [str(what[1]), *(f"{name}={value}" for name, value in parameters)]
+        whole = re.sub(r"[^\w.=+-]+", "_", "-".join(words))
+        return whole if len(whole) < 180 else f"{whole[:172]}-{short_digest(whole)}"
+
+    def folder(self) -> str:
+        """The same for a folder of its own: two files of one name, in two folders, are
+        told apart.
+        """
         places = [value for value in self.parameters.values() if _is_file(value)]
         if Path(self.what).suffix and Path(self.what).parent != self.root / "notebooks":
             places.append(self.what)
-        if places:
-            words.append(hashlib.sha256("\0".join(places).encode()).hexdigest()[:6])
-        return re.sub(r"[^\w.=+-]+", "_", "-".join(words))[:180]
+        return "-".join([self.label(), *map(short_digest, places)])
 
 
 class NotebookJob(Job):
@@ -141,6 +158,10 @@ class NotebookJob(Job):
         parameters.
         """
         check_parameters(Path(self.what), self.parameters)
+
+    def values(self) -> set[str]:
+        """Seconds, in all and of each cell."""
+        return {"seconds", "cell_seconds"}
 
     def inputs(self) -> str:
         """A sha256 over the notebook, the package, the recorded results, the
@@ -214,26 +235,37 @@ class ExperimentJob(Job):
         """
         setup, fold = self._setup(), self.told()["fold"]
         setup.check()
+        _check_device(self.told()["device"])
         if fold is not None and not 0 <= fold < setup.folds:
             raise RunError(
                 f"experiment {self.what} has no fold {fold}; use 0 to"
                 f" {setup.folds - 1}."
             )
 
-    def check_value(self, value: str) -> None:
-        """Raise a RunError for an arm, a size or a measure that the set-up has not."""
-        setup, measures = self._setup(), ("test", "validation", "validation_each")
-        known = {f"arms.{arm}.{each}" for arm in setup.rates for each in measures}
-        known |= {"arms.no_adaptation.test", "arms.other_z.test", "arms.unfrozen.test"}
-        known |= {
+    def check_images(self) -> None:
+        """Raise a DataError for a file of images that are too few for the chapter."""
+        if _is_file(data := self.told()["data"]):
+            _check_file(data, int(self.what) + 5)
+
+    def values(self) -> set[str]:
+        """Every arm of the set-up, on all images and on few; the trained tasks; the
+        geometry and the generator."""
+        setup, measures = (
+            self._setup(),
+            ("rate", "test", "validation", "validation_each"),
+        )
+        arms = {f"arms.{arm}.{each}" for arm in setup.rates for each in measures}
+        arms |= {"arms.no_adaptation.test", "arms.other_z.test"}
+        few = {
             f"few.{size}.{arm}.{each}"
             for size in setup.sizes
             for arm in setup.few_rates
             for each in measures
         }
-        if value.startswith(("arms.", "few.")) and value not in known:
-            near = suggestion(value, known)
-            raise RunError(f"a run of {setup.name} has no value '{value}'{near}")
+        unfrozen = {"arms.unfrozen.test"} if setup.unfrozen else set()
+        trained = {"trained.right_z", "trained.wrong_z"}
+        others = {"seconds", "geometry.", "generator.", "parameters.", "tasks."}
+        return arms | few | unfrozen | trained | others
 
     def inputs(self) -> str:
         """A sha256 over the code of the experiments, the parameters, the images and
@@ -292,8 +324,18 @@ class StudyJob(Job):
         """Raise a RunError for an unknown study, an unknown name, a value of another
         type, or an unknown profile.
         """
-        if (profile := self.told()["profile"]) not in ("quick", "full"):
-            raise RunError(f"there is no profile '{profile}'; use quick or full.")
+        from minisupernet.course.studies import STUDIES, check_unit
+
+        told = self.told()
+        if told["profile"] not in ("quick", "full"):
+            raise RunError(
+                f"there is no profile '{told['profile']}'; use quick or full."
+            )
+        _check_device(told["device"])
+        check_unit(self.what, {name: told[name] for name in STUDIES[self.what].unit})
+
+    def check_value(self, value: str) -> None:
+        """What a study measures is known when the first run of it has ended."""
 
     def inputs(self) -> str:
         """A sha256 over the code of the study, the parameters, the images and
@@ -317,6 +359,11 @@ class StudyJob(Job):
 
         study = STUDIES[self.what]
         return study.result, ("profile", "seed", *study.unit, "data")
+
+
+def short_digest(text: str) -> str:
+    """Six letters that tell a text from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def make_job(settings: Mapping[str, Any], root: Path) -> Job:
@@ -370,6 +417,19 @@ def _check_types(given: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
             raise RunError(
                 f"parameter {name} must be like {examples[name]!r}, not {value!r}."
             )
+
+
+def _check_device(device: str) -> None:
+    """Refuse what names no device anywhere; a cluster's may be others than ours."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise RunError(f"there is no device '{device}'; use auto, cuda, mps or cpu.")
+
+
+@functools.cache
+def _check_file(data: str, chapter: int) -> None:
+    from minisupernet.data import load
+
+    load(data, "cpu", chapter)
 
 
 def _shown(value: Any) -> Any:

@@ -10,18 +10,22 @@ import ast
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minisupernet.course.runs.outputs import keep_outputs
 from minisupernet.course.runs.parameters import plain, suggestion
 from minisupernet.course.status import note_run
 from minisupernet.errors import FileError, RunError
 from minisupernet.files import data_folder
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 __all__ = [
     "check_parameters",
@@ -37,10 +41,6 @@ CELL_SECONDS = {
     "quick": 600,
     "full": 8 * 3600,
 }  # profile -> longest that one cell may take
-PAPERMILL_TAGS = {
-    "injected-parameters",
-    "papermill-error-cell-tag",
-}  # cells that papermill adds
 
 
 def course_notebooks(root: Path) -> list[Path]:
@@ -100,21 +100,17 @@ def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
     known = _defaults(path)
     for name, value in parameters.items():
         if name not in known:
+            near = suggestion(name, known)
+            raise RunError(f"{path.stem} has no parameter '{name}'{near}")
+        kind, given = type(known[name]), type(plain(name, value))
+        if given is not kind and (given, kind) != (int, float):
+            near = str(value).capitalize()
+            fits = kind is bool and near in ("True", "False")
             raise RunError(
-                f"{path.stem} has no parameter '{name}'{suggestion(name, known)}"
+                f"parameter {name} of {path.stem} must be of type {kind.__name__}, as"
+                f" {known[name]!r} is, not {value!r}"
+                f"{f'; did you mean {near}?' if fits else '.'}"
             )
-        if type(plain(name, value)) is not type(default := known[name]):
-            kind, near = type(default).__name__, str(value).capitalize()
-            hint = (
-                f"; did you mean {near}?"
-                if kind == "bool" and near in ("True", "False")
-                else "."
-            )
-            message = (
-                f"parameter {name} of {path.stem} must be of type {kind}, as"
-                f" {default!r} is, not {value!r}{hint}"
-            )
-            raise RunError(message)
     if (profile := parameters.get("profile", "quick")) not in CELL_SECONDS:
         raise RunError(
             f"there is no profile '{profile}'; use {' or '.join(CELL_SECONDS)}."
@@ -122,17 +118,43 @@ def check_parameters(path: Path, parameters: Mapping[str, Any]) -> None:
 
 
 def _defaults(path: Path) -> dict[str, Any]:
-    """What the notebook's parameters cell says, name to value."""
+    """What the notebook's parameters cell says, name to value; nothing without one.
+
+    Raises:
+        RunError: for a file that is no notebook, or is not in Python; for a second such
+            cell, and for one that does not give plain values.
+    """
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        (cell,) = (c for c in cells if "parameters" in c["metadata"].get("tags", ()))
-        nodes = ast.parse("".join(cell["source"])).body
-        return {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        about = notebook["metadata"].get("kernelspec", {})
+        language = about.get("language", "python")
+        sources = [
+            "".join(cell["source"])
+            for cell in notebook["cells"]
+            if "parameters" in cell["metadata"].get("tags", ())
+        ]
     except Exception as error:  # a damaged notebook fails in many ways
+        raise RunError(f"{path} is no notebook; restore it.") from error
+    if language.lower() != "python":
+        raise RunError(f"{path} is a notebook in {language}; only Python runs here.")
+    if len(sources) > 1:
         raise RunError(
-            f"{path} has no cell with the tag 'parameters' whose lines give plain"
-            " values, as in `seed = 0`; restore it, or tag one."
+            f"{path} has {len(sources)} cells with the tag 'parameters'; leave one."
+        )
+    try:
+        return dict(map(_assigned, ast.parse("".join(sources)).body))
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"the cell of {path} with the tag 'parameters' must hold lines such as"
+            " `seed = 0` and nothing else."
         ) from error
+
+
+def _assigned(line: ast.stmt) -> tuple[str, Any]:
+    """Name and value of `name = value` or `name: kind = value`."""
+    targets = [line.target] if isinstance(line, ast.AnnAssign) else line.targets
+    (target,) = targets
+    return target.id, ast.literal_eval(line.value)
 
 
 def execute(
@@ -148,34 +170,56 @@ def execute(
 
     Args:
         seconds: the longest that one cell may take; by default that of the profile.
-        progress: show a bar of the cells done.
+        progress: show how many cells are done: a bar at a terminal, elsewhere a line a
+            minute.
 
     Returns:
         The seconds of each code cell.
 
     Raises:
         RunError: for a cell that fails, takes too long or ends the kernel: the
-            notebook, the cell's number, the error.
+            notebook, the cell as Jupyter numbers it, the error.
     """
-    papermill = _papermill()
     import nbformat
+
+    began, told = time.perf_counter(), {**_defaults(path), **parameters}
+    longest = seconds or CELL_SECONDS[told.get("profile", "quick")]
+    done = _papermill_run(path, output, parameters, threads, longest, progress)
+    keep_outputs(done)
+    note_run(done, told, time.perf_counter() - began, threads)
+    nbformat.write(done, output)
+    return [
+        round(cell.metadata.papermill.duration or 0, 2)
+        for cell in done.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def _papermill_run(
+    path: Path,
+    output: Path,
+    parameters: Mapping[str, Any],
+    threads: int | None,
+    longest: float,
+    progress: bool,
+) -> NotebookNode:
+    """The notebook that has run; nothing of the environment of this process changes."""
+    papermill = _papermill()
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     settings = {"MINISUPERNET_DATA": str(data_folder().resolve()), "TQDM_DISABLE": "1"}
     if threads:
         settings["OMP_NUM_THREADS"] = str(threads)
-    began = time.perf_counter()
-    longest = seconds or CELL_SECONDS[parameters.get("profile", "quick")]
     try:
         with environment(**settings):
-            done = papermill.execute_notebook(
+            return papermill.execute_notebook(
                 path,
                 output,
                 dict(parameters),
                 kernel_name="python3",
                 language="python",
                 cwd=path.parent,
-                progress_bar=progress,
+                progress_bar=_bar() if progress else False,
                 start_timeout=120,
                 execution_timeout=longest,
                 extra_arguments=["--log-level=CRITICAL"],
@@ -188,15 +232,24 @@ def execute(
         raise RunError(
             f"{path.stem}, {_failed_cell(output)}: {_one_line(error)}"
         ) from error
-    keep_outputs(done)
-    took, known = time.perf_counter() - began, {**_defaults(path), **parameters}
-    note_run(done, known, took, threads)
-    nbformat.write(done, output)
-    return [
-        round(cell.metadata.papermill.duration or 0, 2)
-        for cell in done.cells
-        if cell.cell_type == "code"
-    ]
+
+
+def _bar() -> dict[str, Any]:
+    """How papermill's bar looks: a bar at a terminal, in a log a line a minute."""
+    look = {"bar_format": "{n_fmt} of {total_fmt} cells, {elapsed}{postfix}"}
+    terminal = sys.stderr.isatty()
+    return look if terminal else {**look, "file": _Lines(), "mininterval": 60}
+
+
+class _Lines:
+    """A file for a bar: what it shows is printed, each time on a line of its own."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
 
 
 @contextmanager
@@ -232,18 +285,17 @@ def _papermill() -> ModuleType:
 
 
 def _failed_cell(unfinished: Path) -> str:
-    """The last cell that was started, as Jupyter numbers it, with its first line."""
+    """The last cell that was started, with its first line, by the number that Jupyter
+    and papermill give it in that notebook: empty cells have none.
+    """
     cells = json.loads(unfinished.read_text(encoding="utf-8"))["cells"]
     code = [
-        cell
+        ("".join(cell["source"]).strip(), cell["metadata"].get("papermill", {}))
         for cell in cells
-        if cell["cell_type"] == "code"
-        and not PAPERMILL_TAGS & set(cell["metadata"].get("tags", ()))
+        if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
     ]
-    notes = [cell["metadata"].get("papermill", {}) for cell in code]
-    number = max(n for n, note in enumerate(notes) if note.get("status") != "pending")
-    source = "".join(code[number]["source"]).strip() or "an empty cell"
-    return f"In [{number + 1}] `{source.splitlines()[0][:60]}`"
+    number = max(n for n, (_, note) in enumerate(code) if note["status"] != "pending")
+    return f"In [{number + 1}] `{code[number][0].splitlines()[0][:60]}`"
 
 
 def _one_line(error: Exception) -> str:

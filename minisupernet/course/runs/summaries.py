@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from minisupernet.course.runs.sweeps import Run, Sweep
 from minisupernet.course.runs.workers import finished
+from minisupernet.errors import ResultError
 from minisupernet.files import whole_file
 
 if TYPE_CHECKING:
     from minisupernet.course.statistics import Interval
 
-__all__ = ["record", "summarise"]
+__all__ = ["lacking", "record", "summarise"]
 
 
 def record(run: Run, folder: Path, place: Path) -> None:
@@ -69,6 +70,19 @@ def summarise(sweep: Sweep, runs: Sequence[Run], folder: Path) -> str:
     return text
 
 
+def lacking(sweep: Sweep, run: Run, folder: Path) -> str:
+    """What the summary asks for and this finished run has not, in a sentence; empty
+    where it has all.
+    """
+    document = finished(folder, run.name, run.inputs) or {"result": {}}
+    try:
+        for value in sweep.values:
+            _pick(document | document["result"], value)
+    except ResultError as error:
+        return str(error)
+    return ""
+
+
 def _mean(documents: Sequence[dict], value: str) -> Interval | float:
     """The mean of a value with its interval, or one number alone."""
     from minisupernet.course.statistics import interval
@@ -91,7 +105,6 @@ def _mean(documents: Sequence[dict], value: str) -> Interval | float:
 def _held_out(result: dict) -> list[int]:
     """The numbers of the held-out tasks, as they count in an interval."""
     from minisupernet.course.records import one_of_a_pair
-    from minisupernet.errors import ResultError
 
     tasks = result.get("held_out")
     if (
@@ -112,8 +125,6 @@ def _held_out(result: dict) -> list[int]:
 
 def _pick(document: Any, value: str) -> float | list[float]:
     """What lies at "arms.z_only.test" in a result."""
-    from minisupernet.errors import ResultError
-
     found = document
     for name in value.split("."):
         if not isinstance(found, dict) or name not in found:

@@ -154,6 +154,7 @@ def runs_of(sweep: Sweep, root: Path, to_record: Path | None = None) -> list[Run
     runs = []
     for settings in sweep.runs:
         job = make_job(settings, root)
+        job.check_images()
         for value in sweep.values:
             job.check_value(value)
         if to_record:

@@ -162,7 +162,7 @@ def serve(make: Callable[[Mapping[str, Any], Path], Job] = make_job) -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with os.fdopen(os.dup(1), "w") as answer:
-        folder, name, job = Path(order["folder"]), order["name"], None
+        folder, name = Path(order["folder"]), order["name"]
         try:
             with writing(folder):
                 _print_to(folder / f"{name}.log")
@@ -172,9 +172,9 @@ def serve(make: Callable[[Mapping[str, Any], Path], Job] = make_job) -> None:
         except Claimed:
             outcome = Outcome("claimed")
         except Exception as error:
-            said, named = one_line(error), job is not None and Path(job.what).stem
-            known = named and said.startswith(f"{named},")
-            outcome = Outcome("failed", said if known else f"{name}: {said}")
+            said = one_line(error)
+            named = said.startswith((f"{name}:", f"{name},"))
+            outcome = Outcome("failed", said if named else f"{name}: {said}")
             with suppress(OSError):
                 traceback.print_exc()
         json.dump(outcome, answer)

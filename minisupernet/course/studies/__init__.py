@@ -15,7 +15,7 @@ from minisupernet.data import load
 from minisupernet.errors import StudyError
 from minisupernet.training import pick_device
 
-__all__ = ["STUDIES", "Study", "measure_study"]
+__all__ = ["STUDIES", "Study", "check_unit", "measure_study"]
 
 Value = str | int | float
 
@@ -54,6 +54,12 @@ STUDIES = {
     ),
     "pudnet": Study("08_pudnet.json", "cifar100"),
 }
+
+
+def check_unit(name: str, unit: Mapping[str, Value]) -> None:
+    """Raise a StudyError where the study of this name has no such unit."""
+    if unit:
+        importlib.import_module(f"{__name__}.{name}").check_unit(**unit)
 
 
 def measure_study(

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from minisupernet.course.records import fingerprint, rounded
 from minisupernet.course.studies.arms import Fold, Trained
 from minisupernet.course.studies.rates import best_rate
-from minisupernet.course.studies.setups import many_tasks, unseen_pairs
+from minisupernet.course.studies.setups import Setup, many_tasks, unseen_pairs
 from minisupernet.course.studies.trunk import (
     Lesson,
     Logistic,
@@ -56,7 +56,7 @@ from minisupernet.seeds import step_generator
 from minisupernet.target import run_tasks
 from minisupernet.training import frozen
 
-__all__ = ["GROUPS", "Settings", "measure"]
+__all__ = ["GROUPS", "Settings", "check_unit", "measure"]
 
 Weights = dict[str, Tensor]
 Report = Callable[[str], None]
@@ -135,6 +135,27 @@ class Plan(NamedTuple):
     about: Callable[[], dict] = dict
 
 
+def check_unit(
+    of_experiment: int, fold: int, group: str, channels: int, steps: int
+) -> None:
+    """Raise a StudyError where there is no such unit, or a SetupError for channels or
+    steps that are out of their range."""
+    if group not in GROUPS:
+        raise StudyError(f"there is no group '{group}'; choose of {', '.join(GROUPS)}.")
+    setup = _setup(of_experiment, "full", channels, steps)
+    if not 0 <= fold < setup.folds:
+        raise StudyError(f"there is no fold {fold}; choose 0 to {setup.folds - 1}.")
+
+
+def _setup(of_experiment: int, profile: str, channels: int, steps: int) -> Setup:
+    make = unseen_pairs if of_experiment == 2 else many_tasks
+    setup = make(of_experiment, profile)
+    training = replace(setup.training, steps=steps or setup.training.steps)
+    setup = replace(setup, channels=channels, training=training)
+    setup.check()
+    return setup
+
+
 def measure(
     images: ImageSet,
     seed: int,
@@ -156,16 +177,11 @@ def measure(
         steps: of the training of the trunk or the generator; 0 for the set-up's.
 
     Raises:
-        StudyError: for a group that does not exist.
-        SetupError: for channels or steps that are not above 0.
+        StudyError: for a unit that does not exist.
+        SetupError: for channels or steps that are out of their range.
     """
-    if group not in GROUPS:
-        raise StudyError(f"there is no group '{group}'; choose of {', '.join(GROUPS)}.")
-    first = of_experiment == 1
-    setup = many_tasks(1, profile) if first else unseen_pairs(of_experiment, profile)
-    training = replace(setup.training, steps=steps or setup.training.steps)
-    setup = replace(setup, channels=channels, training=training)
-    setup.check()
+    check_unit(of_experiment, fold, group, channels, steps)
+    setup, first = _setup(of_experiment, profile, channels, steps), of_experiment == 1
     held = Fold.of(setup, images, seed, fold)
     half = len(held.tasks) // 2
     numbers = [number for number in held.held_out if first or number < half]

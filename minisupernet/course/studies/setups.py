@@ -2,8 +2,9 @@
 trained on many more tasks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from math import inf
 
 from minisupernet.data.tasks import usable_folds
 from minisupernet.errors import SetupError
@@ -62,23 +63,23 @@ class Setup:
     few_rates: Rates = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise a SetupError for the first number that is out of its range."""
-        whole = {"z_dim": self.z_dim, "channels": self.channels}
-        for name in ("hidden", "sizes"):
-            whole[name] = min(getattr(self, name), default=1)
-        for name, fit in (("training", self.training), ("adaptation", self.adaptation)):
-            whole |= {f"{name}.{each}": getattr(fit, each) for each in WHOLE}
-            whole[f"{name}.tasks"] = 1 if fit.tasks is None else fit.tasks
-            _above_zero(f"{name}.rate", [fit.rate, fit.z_rate])
-        for name, value in {**whole, "folds": self.folds - 1}.items():
-            if value < 1:
-                least, found = (2, value + 1) if name == "folds" else (1, value)
-                raise SetupError(f"{name} must be {least} or more, not {found}.")
-        for name, rates in (("rates", self.rates), ("few_rates", self.few_rates)):
-            for arm, values in rates.items():
-                _above_zero(f"{name}.{arm}", values)
-        if not 0 <= self.z_share <= 1:
-            raise SetupError(f"z_share must be from 0 to 1, not {self.z_share}.")
+        """Raise a SetupError for the first number that is out of its range, for an arm
+        without a rate, and for an optimiser that does not exist."""
+        for name, value in _numbers(asdict(self)):
+            known = [part for part in name.split(".") if part in RANGES]
+            low, high = RANGES[known[-1]]
+            if not (value > 0 if high == inf else low <= value <= high):
+                wanted = "above 0" if high == inf else f"from {low:,} to {high:,}"
+                raise SetupError(f"{name} must be {wanted}, not {value}.")
+        for arm, tried in (self.rates | self.few_rates).items():
+            if not tried:
+                raise SetupError(f"rates.{arm} needs at least one rate.")
+        for fit in (self.training, self.adaptation):
+            if fit.optimizer not in OPTIMIZERS:
+                raise SetupError(
+                    f"there is no optimiser '{fit.optimizer}'; use"
+                    f" {' or '.join(OPTIMIZERS)}."
+                )
 
     def for_classes(self, classes: int) -> "Setup":
         """The same, with as few folds as let each hold out two of the tasks that so
@@ -87,14 +88,43 @@ class Setup:
         return replace(self, folds=folds)
 
 
-WHOLE = ("steps", "images", "every")  # of a Fit
+RANGES: dict[str, tuple[float, float]] = {  # of each number: the least and the most
+    "experiment": (1, 2),
+    "seed": (0, 2**31 - 1),
+    "steps": (1, 10**8),
+    "every": (1, 10**8),
+    "images": (1, 10**5),
+    "tasks": (1, 10**5),
+    "rate": (0, inf),
+    "z_rate": (0, inf),
+    "rates": (0, inf),
+    "few_rates": (0, inf),
+    "decay": (0, 10**6),
+    "z_decay": (0, 10**6),
+    "z_dim": (1, 10**4),
+    "hidden": (1, 10**5),
+    "channels": (1, 10**4),
+    "bound": (0, inf),
+    "z_share": (0, 1),
+    "own_share": (0, 0.99),
+    "flip": (0, 1),
+    "crop": (0, 31),
+    "cutout": (0, 32),
+    "unfrozen": (0, 10**5),
+    "folds": (2, 10**4),
+    "sizes": (1, 10**6),
+}
+OPTIMIZERS = ("adamw", "tensorflow-rmsprop")
 
 
-def _above_zero(name: str, values: Sequence[float]) -> None:
-    if not values:
-        raise SetupError(f"{name} needs at least one rate.")
-    if not min(values) > 0:
-        raise SetupError(f"{name} must be above 0, not {min(values)}.")
+def _numbers(settings: dict, before: str = "") -> Iterator[tuple[str, float]]:
+    """Every number among settings, with dots where they lie inside others."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{before}{name}.")
+        for each in value if isinstance(value, tuple) else [value]:
+            if type(each) in (int, float):
+                yield before + name, each
 
 
 def original(experiment: int, profile: str = "full") -> Setup:

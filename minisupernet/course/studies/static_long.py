@@ -20,7 +20,7 @@ from minisupernet.errors import StudyError
 from minisupernet.static_hypernet import Generated, WideResNet
 from minisupernet.training import one_cycle, train
 
-__all__ = ["ARMS", "Settings", "measure"]
+__all__ = ["ARMS", "Settings", "check_unit", "measure"]
 
 ARMS: dict[str, Callable[[int], Generated]] = {
     "generated": lambda classes: WideResNet(40, generated=True, classes=classes),
@@ -56,6 +56,14 @@ class Settings:
 QUICK = Settings(batch=32, validation=200, most=500, looks=1)
 
 
+def check_unit(arm: str, rate: float, epochs: float) -> None:
+    """Raise a StudyError where there is no such unit."""
+    if arm not in ARMS:
+        raise StudyError(f"there is no arm '{arm}'; choose one of {', '.join(ARMS)}.")
+    if min(rate, epochs) <= 0:
+        raise StudyError(f"rate and epochs must be above 0, not {rate} and {epochs}.")
+
+
 def measure(
     images: ImageSet,
     seed: int,
@@ -75,10 +83,9 @@ def measure(
         epochs: passes over the training images.
 
     Raises:
-        StudyError: for an arm that does not exist.
+        StudyError: for a unit that does not exist.
     """
-    if arm not in ARMS:
-        raise StudyError(f"there is no arm '{arm}'; choose one of {', '.join(ARMS)}.")
+    check_unit(arm, rate, epochs)
     settings = QUICK if profile == "quick" else Settings()
     pictures = Pictures(
         images,
