@@ -165,7 +165,10 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         help="the longest one cell may take (the profile's)",
     )
     parser.add_argument(
-        "--out", type=Path, help="folder (_build/runs/<notebook and parameters>)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where to (_build/runs/<notebook and parameters>)",
     )
     parser.set_defaults(run=run_one)
 
@@ -202,10 +205,30 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         " RUN.log, what it says; of all summary.md and summary.png. What is done is not"
         " done again.",
     )
-    parser.add_argument("file", type=Path, help="as in sweeps/")
+    parser.add_argument("file", type=Path, help="a YAML file, such as those in sweeps")
+    add_workers(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where to (_build/sweeps/<file>)",
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="PLACE",
+        help="record each run as it ends, in this file (mine.json) or in those of the"
+        " book (results)",
+    )
+    parser.set_defaults(run=run_sweep)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Where runs are done, how many at once, and for how long at most."""
     parser.add_argument(
         "--workers",
-        type=int,
+        type=at_least(1),
+        metavar="COUNT",
         default=os.cpu_count(),
         help="processes on this machine (its cores)",
     )
@@ -217,6 +240,7 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--retries",
         type=at_least(0),
+        metavar="COUNT",
         default=2,
         help="how often a run whose process died is repeated (2)",
     )
@@ -227,16 +251,12 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         help="the longest one run may take (no limit)",
     )
     parser.add_argument(
-        "--threads", type=at_least(1), default=1, help="CPU threads a run (1)"
+        "--threads",
+        type=at_least(1),
+        default=1,
+        metavar="COUNT",
+        help="CPU threads a run (1)",
     )
-    parser.add_argument("--out", type=Path, help="folder (_build/sweeps/<file>)")
-    parser.add_argument(
-        "--record",
-        type=Path,
-        help="record each run as it ends, in this file (mine.json) or in those of the"
-        " book (results)",
-    )
-    parser.set_defaults(run=run_sweep)
 
 
 def run_sweep(options: argparse.Namespace) -> None:

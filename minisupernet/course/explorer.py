@@ -119,9 +119,11 @@ class Explorer:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict:
         """Both forms: a front end that knows widgets takes the widget, any other the
-        HTML.
+        HTML. The HTML alone where nobody watches: a widget ends with its kernel.
         """
-        live = self.widget()._repr_mimebundle_() if find_spec("ipywidgets") else {}
+        live = {}
+        if _watched() and find_spec("ipywidgets"):
+            live = self.widget()._repr_mimebundle_()
         return {
             **live,
             "text/html": self.page(),
@@ -173,6 +175,16 @@ def explorer(
         sheet.paste(picture, (0, place * height))
     colours = sheet.quantize(256, dither=Image.Dither.NONE)
     return Explorer(colours, tuple(text(value) for value in values), label, description)
+
+
+def _watched() -> bool:
+    """Whether a person's front end shows this: papermill, nbconvert and nbval, which
+    only store it, tell the kernel that nobody answers an `input()`.
+    """
+    from IPython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    return getattr(kernel, "_allow_stdin", True)
 
 
 def _drawn(draw: Callable[[Any], "Figure"], value: Any) -> "Image":

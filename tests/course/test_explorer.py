@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 import matplotlib
 import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from matplotlib import pyplot
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 from support import ROOT
@@ -118,6 +120,23 @@ def test_the_page_has_every_picture_and_says_what_each_shows():
 def test_a_front_end_may_take_the_widget_or_the_page():
     bundle = lines()._repr_mimebundle_()
     assert bundle["text/html"] == lines().page() and bundle[WIDGET]["model_id"]
+
+
+def test_a_run_by_papermill_alone_leaves_a_slider_that_moves_and_no_dead_widget(
+    tmp_path,
+):
+    source = """
+from matplotlib.figure import Figure
+from minisupernet.course.explorer import explorer
+explorer(lambda size: Figure(figsize=(2, 1)), [1, 2], "size", "Nothing.")
+"""
+    nbformat.write(new_notebook(cells=[new_code_cell(source)]), tmp_path / "in.ipynb")
+    options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
+    ran = papermill.execute_notebook(tmp_path / "in.ipynb", None, **options)
+    (output,) = ran.cells[0].outputs
+    assert output.data.keys() == {"text/html", "text/plain"}
+    page, _ = HTMLExporter().from_notebook_node(ran)
+    assert page.count('<figure class="explorer"') == 1 and "1</output>" in page
 
 
 def test_the_widget_changes_the_picture_and_the_words():

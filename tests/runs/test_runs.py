@@ -3,6 +3,7 @@ plain about what failed.
 """
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from support import ROOT
 
 from minisupernet.course import book
 from minisupernet.course.book import refresh
-from minisupernet.course.commands import main, sweep_name
+from minisupernet.course.commands import main, make_parser, sweep_name
 from minisupernet.course.runs import notebooks as runs
 from minisupernet.course.runs.jobs import Job, make_job, short_digest
 from minisupernet.course.runs.notebooks import (
@@ -687,6 +688,30 @@ def test_the_command_line_outside_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("minisupernet.course.commands.CHECKOUT", tmp_path)
     assert main(["notebooks"]) == 1
     assert capsys.readouterr().err.endswith("run this in a clone of the repository.\n")
+
+
+def test_the_page_of_commands_says_all_that_a_command_can_be_told():
+    place = ROOT / "book" / "_ext" / "commandline.py"
+    spec = importlib.util.spec_from_file_location("commandline", place)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    page = extension.markdown(make_parser())
+    (commands,) = (each for each in make_parser()._actions if each.choices)
+    sections = dict(re.findall(r"## `(\w+)`\n(.*?)(?=\n## |\Z)", page, re.DOTALL))
+    assert list(sections) == list(commands.choices)
+    for name, command in commands.choices.items():
+        told = {
+            option.split()[0]
+            for option in re.findall("^\\| `(.*?)`", sections[name], re.M)
+        }
+        known = [each for each in command._actions if each.dest != "help"]
+        assert told == {
+            each.option_strings[0] if each.option_strings else each.dest.upper()
+            for each in known
+        }
+        assert all(each.help for each in known) and len(command.description) > 40
+    assert "\\<notebook and parameters>" in page  # no tag of HTML
+    assert "file: book/commands" in (ROOT / "_toc.yml").read_text()
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -1,11 +1,10 @@
 """Many runs from one YAML file: expanded, checked, done by an executor of
 `concurrent.futures`, and summed up.
 
-    fixed: {experiment: 1, profile: full, data: cifar100}    # the same in every run
-    grid: {z_dim: [2, 4, 8], seed: [0, 1, 2]}                # every combination list:
-    [{setup: better}, {setup: original}]               # or: sets of parameters, one by
-    one summary: {values: [arms.z_only.test], by: z_dim}         # what the table and
-    the figure show
+    fixed: {experiment: 1, profile: full, data: cifar100}  # the same in every run
+    grid: {z_dim: [2, 4, 8], seed: [0, 1, 2]}      # every combination of these
+    list: [{setup: better}, {setup: original}]     # sets of parameters, one by one
+    summary: {values: [arms.z_only.test], by: z_dim}   # what is shown against what
 
 The executor is a pool of threads, each with one process at a time, or a Dask cluster;
 both do the same jobs.
