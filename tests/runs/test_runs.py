@@ -316,8 +316,23 @@ def test_a_notebook_without_a_kernelspec_and_with_a_hash_in_a_string_runs(tmp_pa
     cell.metadata.tags = ["parameters"]
     notebook = new_notebook(cells=[cell, new_code_cell("print(colour, lr)")])
     nbformat.write(notebook, tmp_path / "bare.ipynb")
-    run_notebook(tmp_path / "bare.ipynb", tmp_path / "out", {"lr": 0.5}, tmp_path)
+    words = [
+        "-m",
+        "minisupernet",
+        "run",
+        "bare.ipynb",
+        "-p",
+        "lr",
+        "0.5",
+        "--out",
+        "out",
+    ]
+    told = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, **told
+    )
     assert printed(tmp_path / "out" / "bare.ipynb") == "#ff0000 0.5\n"
+    assert done.stderr.startswith("0 of 3 cells") and "\r" not in done.stderr
 
 
 def test_two_files_of_one_name_get_two_folders(checkout):

@@ -236,9 +236,11 @@ def _papermill_run(
 
 def _bar() -> dict[str, Any]:
     """How papermill's bar looks: a bar at a terminal, in a log a line a minute."""
-    look = {"bar_format": "{n_fmt} of {total_fmt} cells, {elapsed}{postfix}"}
-    terminal = sys.stderr.isatty()
-    return look if terminal else {**look, "file": _Lines(), "mininterval": 60}
+    if sys.stderr.isatty():
+        return {"disable": False}  # whatever the environment says to the notebook's own
+    look = "{n_fmt} of {total_fmt} cells, {elapsed}"
+    lines = {"bar_format": look, "file": _Lines(), "mininterval": 60}
+    return {**lines, "disable": False}
 
 
 class _Lines:
