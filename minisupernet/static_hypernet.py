@@ -82,16 +82,16 @@ def kernels_to_make(
         StaticError: where there is none, or a layer does not know its shape yet.
     """
     shapes = {}
-    for name, parameter in target.named_parameters():
-        path, _, last = name.rpartition(".")
+    for place, name in places_of(target).items():
+        path, _, last = place.rpartition(".")
         layer = target.get_submodule(path)
-        if nn.parameter.is_lazy(parameter):
+        if nn.parameter.is_lazy(getattr(layer, last)):
             raise StaticError(
                 f"layer '{path}' ({type(layer).__name__}) does not know its shape yet;"
                 " run the network once on a batch of images first."
             )
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and last == "weight":
-            shapes[name] = tuple(parameter.shape)
+            shapes[name] = tuple(layer.weight.shape)
     fitting = {
         name: shape
         for name, shape in shapes.items()

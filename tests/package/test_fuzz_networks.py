@@ -19,7 +19,15 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_leaves, tree_map
 
+from minisupernet import static_hypernet
 from minisupernet.errors import CourseError, TargetError
+from minisupernet.static_hypernet import (
+    ChunkedHyperNet,
+    Generated,
+    LowRankHyperNet,
+    StaticHyperNet,
+    kernels_to_make,
+)
 from minisupernet.target import WeightSpec, run_tasks
 
 WIDTH = 4  # every part takes (B, 4) and gives (B, 4)
@@ -381,3 +389,132 @@ def test_run_tasks(parts, output, tasks, training):
         if slopes is not None and right is not None:
             together = [each[number] for each in spec.split(slopes[0]).values()]
             torch.testing.assert_close(together, right, equal_nan=True)
+
+
+CHANNELS = 4  # every stage takes (B, 4, 5, 5) and gives the same
+
+
+class Stage(nn.Module):
+    """One or several convolutions and how they are used."""
+
+    def __init__(self, layers: dict[str, object], does: Callable) -> None:
+        super().__init__()
+        for name, own in layers.items():
+            setattr(self, name, own)
+        self.does = does
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.does(self, x)
+
+
+def conv(size: int = 3, **more) -> nn.Conv2d:
+    return nn.Conv2d(CHANNELS, CHANNELS, size, padding=size // 2, **more)
+
+
+def tied_convs(first: nn.Conv2d, second: nn.Conv2d) -> Stage:
+    second.weight = first.weight
+    return Stage({"a": first, "b": second}, lambda own, x: own.a(x) + own.b(x.tanh()))
+
+
+def used_elsewhere() -> Stage:
+    one = conv()
+    return Stage(
+        {"a": one, "own": one.weight},
+        lambda own, x: own.a(x) - F.conv2d(x, own.own, padding=1),
+    )
+
+
+def conv_twice() -> Stage:
+    one = conv()
+    return Stage({"a": one, "b": one}, lambda own, x: own.b(own.a(x).relu()))
+
+
+def one_stage(make: Callable[[], nn.Module]) -> Callable[[], Stage]:
+    return lambda: Stage({"layer": make()}, lambda own, x: own.layer(x))
+
+
+STAGES = {
+    "conv": one_stage(conv),
+    "no bias": one_stage(lambda: conv(bias=False)),
+    "1 x 1": one_stage(lambda: conv(1)),
+    "grouped": one_stage(lambda: conv(groups=2)),
+    "wide": one_stage(
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, 1, 1))
+    ),
+    "upside down": one_stage(lambda: nn.ConvTranspose2d(4, 4, 3, padding=1)),
+    "norm": one_stage(lambda: nn.BatchNorm2d(CHANNELS)),
+    "relu": one_stage(nn.ReLU),
+    "residual": lambda: Stage({"a": conv()}, lambda own, x: x + own.a(x.relu())),
+    "branch": lambda: Stage(
+        {"a": conv(), "b": conv()},
+        lambda own, x: own.a(x) if x.sum() > 0 else own.b(x),
+    ),
+    "twice": conv_twice,
+    "tied": lambda: tied_convs(conv(), conv(bias=False)),
+    "tied to a 1 x 1": lambda: tied_convs(conv(1), conv(1)),
+    "tied to a deconvolution": lambda: tied_convs(
+        nn.ConvTranspose2d(4, 4, 3, padding=1), conv()
+    ),
+    "used elsewhere": used_elsewhere,
+    "weight norm": one_stage(lambda: parametrizations.weight_norm(conv())),
+    "old weight norm": one_stage(lambda: nn.utils.weight_norm(conv())),
+    "spectral norm": one_stage(lambda: parametrizations.spectral_norm(conv()).eval()),
+    "lazy": one_stage(lambda: nn.LazyConv2d(CHANNELS, 3, padding=1)),
+    "keep": lambda: Stage(
+        {"a": conv(), "last": []}, lambda own, x: own.last.append(x) or own.a(x)
+    ),
+}
+GENERATED = STAGES.keys() - {  # a network of these alone has no kernel to make
+    "1 x 1",
+    "grouped",
+    "upside down",
+    "norm",
+    "relu",
+    "tied to a 1 x 1",
+    "weight norm",
+    "spectral norm",
+}
+MAKERS = {
+    "tiles": lambda target: StaticHyperNet(target, 3, channels=2),
+    "chunks": lambda target: ChunkedHyperNet(target, 3, chunk=40),
+    "low rank": lambda target: LowRankHyperNet(target, 2),
+}
+
+
+@PROFILE
+@given(
+    st.lists(st.sampled_from([*STAGES]), min_size=1, max_size=6),
+    st.sampled_from([*MAKERS]),
+    st.booleans(),
+)
+def test_static_hypernets(stages, maker, training):
+    def target() -> nn.Module:
+        torch.manual_seed(len(stages))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return nn.Sequential(*(STAGES[name]() for name in stages)).train(training)
+
+    given_one, plain, x = target(), target(), torch.randn(2, CHANNELS, 5, 5)
+    before = "lazy" in stages or state_of(given_one)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(static_hypernet, "kernels_to_make", small_kernels)
+            network = Generated(given_one, MAKERS[maker](given_one))
+        found = network(x)
+    except CourseError as error:
+        assert "\n" not in str(error)
+        assert not {*stages} & GENERATED or {"lazy", "old weight norm"} & {*stages}
+        return
+    finally:
+        assert before is True or state_of(given_one) == before
+    kernels, places = network.hyper(), dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, kernel in kernels.items():
+            places[name].copy_(kernel)
+    torch.testing.assert_close(found, plain(x), rtol=1e-4, atol=1e-4)
+    learned = {name for name, _ in network.target.named_parameters()}
+    assert learned == places.keys() - kernels.keys()
+
+
+def small_kernels(target: nn.Module, *tile: int) -> dict[str, tuple[int, ...]]:
+    return kernels_to_make(target, 2)
