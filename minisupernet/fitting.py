@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minisupernet.data.tasks import TaskImages, which_class
+from minisupernet.data.tasks import BinaryTasks, TaskImages, which_class
 from minisupernet.errors import FitError
 from minisupernet.optimizers import TensorFlowRMSprop
-from minisupernet.supernet import SuperNet, TaskVectors
+from minisupernet.supernet import ClassVectors, SuperNet, TaskVectors
 from minisupernet.target import WeightSpec, run_tasks
 from minisupernet.training import History, constant, frozen, one_cycle, train
 
 __all__ = [
     "Fit",
     "accuracy",
+    "answers",
     "class_accuracy",
     "fit_alone",
     "fit_shared",
     "fit_weights",
     "fit_z",
+    "for_each_task",
     "minimise",
     "train_generator",
 ]
@@ -106,6 +108,40 @@ def minimise(
     )
 
 
+def answers(target: nn.Module, weights: Weights, images: Tensor) -> Tensor:
+    """The logits of T networks that each answer one question, (T, B): `run_tasks` on
+    images (T, B, ...).
+
+    Raises:
+        FitError: where the target does not give one number an image.
+    """
+    logits = run_tasks(target, weights, images)
+    if not isinstance(logits, Tensor) or logits.shape != images.shape[:2]:
+        found = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+        raise FitError(
+            f"{type(target).__name__} must give one number an image,"
+            f" {tuple(images.shape[:2])} in all, not {found}; end it with one output"
+            " and squeeze(1)."
+        )
+    return logits
+
+
+def for_each_task(start: Tensor, tasks: int, width: int) -> Tensor:
+    """A copy of what each task starts from, (tasks, width), of one row for all of them,
+    (width,), or of one row for each.
+
+    Raises:
+        FitError: for another shape.
+    """
+    fits = start.shape in ((width,), (1, width), (tasks, width))
+    if not fits or not start.is_floating_point():
+        raise FitError(
+            f"start must be ({width},) for all tasks or ({tasks}, {width}) floats, not"
+            f" {tuple(start.shape)} of {start.dtype}."
+        )
+    return start.expand(tasks, width).clone()
+
+
 def fit_alone(
     state: nn.Module,
     make_weights: Callable[[], Weights],
@@ -124,7 +160,7 @@ def fit_alone(
 
     def loss_at(step: int) -> Tensor:
         _, images, labels = data.batch(step, fit.seed, fit.images)  # (T, B, ...)
-        logits = run_tasks(target, make_weights(), images)  # (T, B)
+        logits = answers(target, make_weights(), images)  # (T, B)
         each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         loss = each.mean(1).sum()
         return loss if penalty is None else loss + penalty()
@@ -155,9 +191,9 @@ def fit_weights(
         The weights (T, P) and the History.
 
     Raises:
-        FitError: for a name the target does not have.
+        FitError: for a name the target does not have, or a start of another shape.
     """
-    whole = start.expand(len(data.tasks), spec.size).clone()
+    whole = for_each_task(start, len(data.tasks), spec.size)
     columns = _columns(spec, only).to(whole.device)
     fitted = nn.Parameter(whole[:, columns])
 
@@ -197,14 +233,17 @@ def fit_shared(
 
     Args:
         watch: the tasks whose validation accuracy is measured; None for all.
+
+    Raises:
+        FitError: for a start of another shape.
     """
-    flat = nn.Parameter(start.clone())
+    flat = nn.Parameter(for_each_task(start, 1, spec.size)[0])
 
     def loss_at(step: int) -> Tensor:
         _, images, labels = data.batch(
             step, fit.seed, fit.images, fit.tasks
         )  # (M, B, ...), (M, B)
-        logits = run_tasks(
+        logits = answers(
             target, spec.split(flat.unsqueeze(0)), images.flatten(0, 1).unsqueeze(0)
         )
         return F.binary_cross_entropy_with_logits(logits, labels.reshape(1, -1))
@@ -229,7 +268,7 @@ def accuracy(
     """
     right = count = 0
     for images, labels, real in data.chunks(split):
-        guesses = (run_tasks(target, weights, images) > 0).float()  # (T, b)
+        guesses = (answers(target, weights, images) > 0).float()  # (T, b)
         right, count = right + ((guesses == labels) & real).sum(1), count + real.sum(1)
     return right / count
 
@@ -243,7 +282,7 @@ def class_accuracy(
     """
     right = []
     for images, classes in data.shared(split):
-        guesses = which_class(data.tasks, run_tasks(target, weights, images))
+        guesses = which_class(data.tasks, answers(target, weights, images))
         right.append(guesses == classes)
     return torch.cat(right).float().mean().item()
 
@@ -272,7 +311,11 @@ def train_generator(
 
     Returns:
         The task vectors (T, z_dim) and the History, with the mean validation accuracy.
+
+    Raises:
+        FitError: for vectors or watched tasks that are not those of `data`.
     """
+    _check_tasks(generator, data.tasks, vectors, one_hot, watch)
     device, watch = generator.head_bias.device, watch or data
     state = nn.ModuleDict({"generator": generator})
     if one_hot:
@@ -289,9 +332,8 @@ def train_generator(
             step, fit.seed, fit.images, fit.tasks
         )  # (M,), (M, B, 3, 32, 32), (M, B)
         weights = generator(numbers if one_hot else vectors(numbers))
-        return F.binary_cross_entropy_with_logits(
-            run_tasks(target, weights, images), labels
-        )
+        logits = answers(target, weights, images)
+        return F.binary_cross_entropy_with_logits(logits, labels)
 
     def vectors_of(tasks: TaskImages) -> Tensor:
         return vectors(torch.arange(len(tasks.tasks), device=device))
@@ -303,6 +345,30 @@ def train_generator(
     optimizer = fit.make_optimizer(list(generator.parameters()), learned)
     history = minimise(state, optimizer, loss_at, fit, measure, checkpoint)
     return vectors_of(data).detach(), history
+
+
+def _check_tasks(
+    generator: SuperNet,
+    tasks: BinaryTasks,
+    vectors: nn.Module | None,
+    one_hot: bool,
+    watch: TaskImages | None,
+) -> None:
+    if one_hot and len(tasks) > generator.z_dim:
+        raise FitError(
+            f"{len(tasks)} tasks need one-hot vectors of as many numbers, and z_dim is"
+            f" {generator.z_dim}; make a generator with z_dim={len(tasks)}."
+        )
+    if isinstance(vectors, TaskVectors) and len(vectors.z) != len(tasks):
+        raise FitError(f"{len(vectors.z)} task vectors do not fit {len(tasks)} tasks.")
+    own = vectors.pairs.cpu() if isinstance(vectors, ClassVectors) else None
+    if own is not None and not torch.equal(own, tasks.pairs()):
+        raise FitError(
+            "these class vectors belong to other tasks; make them of the tasks that are"
+            " trained."
+        )
+    if watch and watch.tasks != tasks.select([*range(len(watch.tasks))]):
+        raise FitError("the tasks to watch must be the first of those trained.")
 
 
 def fit_z(
@@ -326,8 +392,11 @@ def fit_z(
 
     Returns:
         The task vectors (T, z_dim) and the History.
+
+    Raises:
+        FitError: for a start of another shape.
     """
-    z = nn.Parameter(start.expand(len(data.tasks), generator.z_dim).clone())
+    z = nn.Parameter(for_each_task(start, len(data.tasks), generator.z_dim))
     if not freeze:
         state = nn.ModuleDict(
             {"generator": generator, "task_vectors": nn.ParameterDict({"z": z})}

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from minisupernet.errors import StaticError
+from minisupernet.target import MakesWeights, copy_of, places_of
 
 __all__ = [
     "ChunkedHyperNet",
@@ -26,6 +27,7 @@ __all__ = [
     "join_tiles",
     "kernels_to_make",
     "ratio",
+    "without_kernels",
 ]
 
 STARTS = ("hyperfan", "naive", "bias")
@@ -73,19 +75,23 @@ def kernels_to_make(
 
     These are the kernels of the ungrouped Conv2d layers of this size whose numbers of
     input and output channels are multiples of `channels`; all else (a first layer on 3
-    colours, 1 x 1 shortcuts, biases) stays as it is.
+    colours, 1 x 1 shortcuts, biases, a kernel that a parametrisation computes) stays as
+    it is. A kernel that several layers share is made once.
 
     Raises:
-        StaticError: where there is none.
+        StaticError: where there is none, or a layer does not know its shape yet.
     """
     shapes = {}
-    for name, layer in target.named_modules():
-        if (
-            isinstance(layer, nn.Conv2d)
-            and layer.groups == 1
-            and layer.weight is not None
-        ):
-            shapes[f"{name}.weight".lstrip(".")] = tuple(layer.weight.shape)
+    for place, name in places_of(target).items():
+        path, _, last = place.rpartition(".")
+        layer = target.get_submodule(path)
+        if nn.parameter.is_lazy(getattr(layer, last)):
+            raise StaticError(
+                f"layer '{path}' ({type(layer).__name__}) does not know its shape yet;"
+                " run the network once on a batch of images first."
+            )
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and last == "weight":
+            shapes[name] = tuple(layer.weight.shape)
     fitting = {
         name: shape
         for name, shape in shapes.items()
@@ -102,7 +108,7 @@ def kernels_to_make(
     return fitting
 
 
-class StaticHyperNet(nn.Module):
+class StaticHyperNet(MakesWeights):
     """An embedding for each tile of the target's kernels, and the generator that all
     tiles share.
 
@@ -190,25 +196,56 @@ class Generated(nn.Module):
     """A target network whose kernels come from a hypernetwork: inputs as the target's,
     outputs as the target's.
 
-    The target's own copies of those kernels are taken out of it, so that `parameters()`
-    are exactly what is learned. With `hyper` None it is the target itself.
+    It holds a copy of the target without its own kernels, so that `parameters()` are
+    exactly what is learned. With `hyper` None it is the target itself.
 
     Args:
-        target: the network; it is changed in place.
+        target: the network; it is not changed.
         hyper: `hyper()` returns {parameter name: tensor}.
+
+    Raises:
+        StaticError: where a name or shape that `hyper` makes is not one of the target.
     """
 
     def __init__(self, target: nn.Module, hyper: nn.Module | None) -> None:
         super().__init__()
-        self.target, self.hyper = target, hyper
-        for name in hyper() if hyper is not None else ():
-            path, _, last = name.rpartition(".")
-            target.get_submodule(path).register_parameter(last, None)
+        self.target, self.hyper, self.places = target, hyper, {}
+        if hyper is not None:
+            self.target, self.places = without_kernels(target, hyper())
 
     def forward(self, images: Tensor) -> Tensor:
         if self.hyper is None:
             return self.target(images)
-        return functional_call(self.target, self.hyper(), (images,))
+        kernels = self.hyper()
+        state = {place: kernels[name] for place, name in self.places.items()}
+        return functional_call(self.target, state, (images,))
+
+
+def without_kernels(
+    target: nn.Module, kernels: dict[str, Tensor]
+) -> tuple[nn.Module, dict[str, str]]:
+    """A copy of the target whose own tensors of these names are taken out, and where
+    each kernel goes: {place: name}, several places for a kernel that layers share.
+
+    Raises:
+        StaticError: where a name or shape is not one of the target.
+    """
+    own = {name: tuple(p.shape) for name, p in target.named_parameters()}
+    for name, kernel in kernels.items():
+        if own.get(name) != tuple(kernel.shape):
+            raise StaticError(
+                f"the generator makes '{name}' of shape {tuple(kernel.shape)}, which is"
+                f" {own.get(name, 'no parameter')} in this {type(target).__name__};"
+                " make the generator for this network."
+            )
+    copied = copy_of(target)
+    places = {
+        place: name for place, name in places_of(copied).items() if name in kernels
+    }
+    for place in places:
+        path, _, last = place.rpartition(".")
+        copied.get_submodule(path).register_parameter(last, None)
+    return copied, places
 
 
 class WideResNet(Generated):
@@ -295,7 +332,7 @@ class _Block(nn.Module):
         return kept + x
 
 
-class ChunkedHyperNet(nn.Module):
+class ChunkedHyperNet(MakesWeights):
     """Every kernel, laid out flat, is cut into chunks; each has an embedding, and one
     linear map makes all chunks.
 
@@ -342,7 +379,7 @@ class ChunkedHyperNet(nn.Module):
         }
 
 
-class LowRankHyperNet(nn.Module):
+class LowRankHyperNet(MakesWeights):
     """Each kernel has a linear head of its own, without bias, that makes one filter
     from one embedding.
 

@@ -6,21 +6,33 @@ generator makes them with a leading task axis; `run_tasks` runs the T networks t
 result, each on its own images.
 """
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from minisupernet.errors import TargetError
+from minisupernet.errors import CourseError, TargetError
 from minisupernet.fast.convolution import FastConvolutions
 
-__all__ = ["MakesWeights", "TaskClassifier", "TensorSpec", "WeightSpec", "run_tasks"]
+__all__ = [
+    "MakesWeights",
+    "TaskClassifier",
+    "TensorSpec",
+    "WeightSpec",
+    "copy_of",
+    "places_of",
+    "run_tasks",
+]
 
 Weights = dict[str, Tensor]  # name -> (T, *shape)
 Outputs = Tensor | tuple | dict  # whatever the target returns
@@ -70,9 +82,10 @@ class TensorSpec:
 
     `centre` and `spread` (a standard deviation) say where an ordinary initialisation
     puts its values: PyTorch's rule for linear and convolutional layers,
-    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), has centre 0 and spread 1/sqrt(3 fan_in);
-    tensors without a fan-in, such as the scale and shift of a normalisation layer, are
-    centred where the module has them, with spread 0.
+    U(-1/sqrt(fan_in), 1/sqrt(fan_in)), has centre 0 and spread 1/sqrt(3 fan_in), and
+    its bilinear, embedding, attention and recurrent-cell layers have their own. All
+    other tensors are where the module has them: the scale and shift of a normalisation
+    layer with spread 0, those of layers of one's own with their mean and spread.
     """
 
     name: str
@@ -122,9 +135,10 @@ class WeightSpec:
         """Number of weights P in one target network."""
         return sum(tensor.size for tensor in self.tensors)
 
-    def signature(self) -> list[str]:
-        """Name and shape of each tensor, in order, as text."""
-        return [f"{tensor.name} {tensor.shape}" for tensor in self.tensors]
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of each tensor, in order."""
+        return {tensor.name: tensor.shape for tensor in self.tensors}
 
     def split(self, flat: Tensor) -> Weights:
         """Cut rows of P weights (T, P) into named tensors {name: (T, *shape)}; views,
@@ -150,9 +164,7 @@ class WeightSpec:
         """Return T, the number of networks in `weights`; raise TargetError where a name
         or shape is wrong.
         """
-        return _count_tasks(
-            weights, {tensor.name: tensor.shape for tensor in self.tensors}
-        )
+        return _count_tasks(weights, self.shapes)
 
     def draw(
         self, tasks: int, generator: torch.Generator, rule: str = "torch"
@@ -162,8 +174,13 @@ class WeightSpec:
 
         `rule` is "torch" (uniform around each centre with its spread) or "glorot"
         (TensorFlow's default: U(-a, a) with a = sqrt(6 / (fan_in + fan_out)), every
-        tensor of one axis 0).
+        bias 0); tensors of spread 0 are at their centre.
+
+        Raises:
+            TargetError: for another rule.
         """
+        if rule not in ("torch", "glorot"):
+            raise TargetError(f"there is no rule '{rule}'; choose 'torch' or 'glorot'.")
         device = generator.device
         unit = (
             torch.rand(tasks, self.size, generator=generator, device=device) * 2 - 1
@@ -173,7 +190,9 @@ class WeightSpec:
                 (len(t.shape) > 1) * math.sqrt(6 / (t.fan_in + t.fan_out))
                 for t in self.tensors
             ]
-            return unit * self._fill(limits, device)
+            drawn = unit * self._fill(limits, device)
+            fixed = self.spreads(device) == 0
+            return torch.where(fixed, self.centres(device), drawn)
         return self.centres(device) + unit * math.sqrt(3) * self.spreads(device)
 
     def centres(self, device: torch.device | str = "cpu") -> Tensor:
@@ -193,20 +212,23 @@ class WeightSpec:
 
 
 class MakesWeights(nn.Module):
-    """A generator whose state says which target it makes weights for.
+    """A generator whose state says which target it makes weights for: names and shapes
+    of all tensors, in order, from its `spec` or its `shapes`.
 
-    `load_state_dict` refuses the state of a generator for tensors of other names,
-    shapes or order, where equal sizes would let it pass.
+    `load_state_dict` refuses the state of a generator for another target, where equal
+    sizes would let it pass.
     """
 
-    spec: WeightSpec
+    def _made(self) -> list[str]:
+        shapes = self.shapes if hasattr(self, "shapes") else self.spec.shapes
+        return [f"{name} {shape}" for name, shape in shapes.items()]
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination._metadata[prefix[:-1]]["makes"] = self.spec.signature()
+        destination._metadata[prefix[:-1]]["makes"] = self._made()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest) -> None:
-        theirs, ours = local_metadata.get("makes"), self.spec.signature()
+        theirs, ours = local_metadata.get("makes"), self._made()
         if theirs is not None and theirs != ours:
             pairs = zip(theirs, ours, strict=False)
             there, here = next(
@@ -219,6 +241,21 @@ class MakesWeights(nn.Module):
                 " that target."
             )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def copy_of(target: nn.Module) -> nn.Module:
+    """A copy of the target with parameters and buffers of its own.
+
+    Raises:
+        TargetError: where something in it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(target)
+    except Exception as error:
+        raise TargetError(
+            f"{type(target).__name__} cannot be copied ({error}); keep no outputs of"
+            " its layers in it, nor the old weight_norm and spectral_norm."
+        ) from error
 
 
 def run_tasks(
@@ -242,7 +279,8 @@ def run_tasks(
         TargetError: where names, shapes or the number of tasks do not fit, or a layer
             cannot run per task.
     """
-    _refuse_coupled(target)
+    if not torch.compiler.is_compiling():
+        _refuse_coupled(target)
     shapes = {name: tuple(p.shape) for name, p in target.named_parameters()}
     tasks = _count_tasks(weights, shapes)
     if images.shape[:1] != (tasks,):
@@ -250,134 +288,223 @@ def run_tasks(
             f"these weights are {tasks} networks, so images must be ({tasks}, B, ...),"
             f" not {_shape(images)}."
         )
-    weights, buffers, images = _in_autocast_dtype(target, weights, images)
-    names, copies = _places(target), _copies(target, buffers)
+    weights, buffers, images = _in_one_dtype(target, weights, images)
+    places = places_of(target)
 
     def run(own: Weights, x: Tensor) -> Outputs:
-        state = {place: own[name] for place, name in names.items()} | buffers | copies
+        state = {place: own[name] for place, name in places.items()} | buffers
         return functional_call(target, state, (x,), tie_weights=False)
 
-    if tasks == 1:  # nothing to run side by side
-        alone = {name: own.squeeze(0) for name, own in weights.items()}
-        outputs = tree_map(_first, _run_alone(run, target, alone, images[0]))
-    else:
-        outputs = _run_many(run, target, weights, images)
-    for name, copy in copies.items():
-        if not torch.equal(copy, target.get_buffer(name)):
-            raise TargetError(f"the target changes its buffer '{name}' {CHANGES}.")
-    return outputs
+    with _unchanged(target, weights, buffers, images):
+        return _side_by_side(run, target, weights, images)
 
 
-def _copies(target: nn.Module, but: Mapping[str, Tensor]) -> Weights:
-    """Copies of the target's buffers, so that a run can change none of its own."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {name: b.clone() for name, b in target.named_buffers() if name not in but}
-
-
-def _run_many(
+def _side_by_side(
     run: Callable, target: nn.Module, weights: Weights, images: Tensor
 ) -> Outputs:
+    """The outputs of `run(weights of t, images[t])`, stacked."""
+
+    def first() -> Outputs:
+        return run({name: own[0] for name, own in weights.items()}, images[0])
+
+    if len(images) == 1:  # nothing to run side by side
+        return _stacked(target, first())
+    if torch.compiler.is_compiling():
+        return vmap(run)(weights, images)
     quick = images.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    quick = quick and not torch.compiler.is_compiling()
     try:
         with FastConvolutions() if quick else nullcontext():
             return vmap(run)(weights, images)
-    except RuntimeError as error:
-        raise _plainly(target, error) from error
+    except (CourseError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        with torch.no_grad():
+            _stacked(target, first())  # which says what is wrong where one alone fails
+        raise _cannot(target, error) from error
 
 
-def _places(target: nn.Module) -> dict[str, str]:
-    """Where a weight goes: every place that holds a parameter, to the name it goes by.
+def _stacked(target: nn.Module, outputs: Outputs) -> Outputs:
+    """The outputs of one network with a leading task axis of 1."""
 
-    Layers may share a parameter, which then has one name and several places; a layer
-    that is reached under two names is one place.
-    """
-    name_of = {id(p): name for name, p in target.named_parameters()}
-    return {
-        f"{path}.{key}".lstrip("."): name_of[id(parameter)]
-        for path, layer in target.named_modules()
-        for key, parameter in layer._parameters.items()
-        if parameter is not None
-    }
+    def stack(output: object) -> Tensor:
+        if isinstance(output, Tensor):
+            return output[None]
+        raise TargetError(
+            f"{type(target).__name__} returns {type(output).__name__} among its"
+            " outputs; let it return tensors, or tuples, lists or dicts of them."
+        )
 
-
-def _first(output: object) -> object:
-    return output[None] if isinstance(output, Tensor) else output
+    return tree_map(stack, outputs)
 
 
-def _run_alone(run: Callable, target: nn.Module, own: Weights, x: Tensor) -> Outputs:
-    """One network, refused where several would be: for what it draws."""
-    if torch.compiler.is_compiling():
-        return run(own, x)
-    before = _random_state(x.device)
-    outputs = run(own, x)
-    if not torch.equal(before, _random_state(x.device)):
-        raise TargetError(f"{type(target).__name__} {RANDOM}.")
-    return outputs
-
-
-def _random_state(device: torch.device) -> Tensor:
-    is_cuda = device.type == "cuda"
-    return torch.cuda.get_rng_state(device) if is_cuda else torch.get_rng_state()
-
-
-def _plainly(target: nn.Module, error: RuntimeError) -> Exception:
-    """The TargetError that an error of `vmap` stands for; others as they are."""
-    said, name = str(error), type(target).__name__
+def _cannot(target: nn.Module, error: Exception) -> TargetError:
+    """The sentence for what one network can do and T side by side cannot."""
+    said, name = str(error) or repr(error), type(target).__name__
     if "randomness" in said:
         return TargetError(f"{name} {RANDOM}.")
-    if "in-place arithmetic operator" in said or "inplace" in said.replace("-", ""):
-        return TargetError(f"{name} changes a tensor of its own {CHANGES}.")
-    if "vmap" in said or "batching rule" in said:
+    if any(word in said for word in ("in-place", "inplace", "match the broadcast")):
         return TargetError(
-            f"{name} cannot run per task ({said.splitlines()[0][:120]}); write that"
-            " operation in others."
+            f"{name} writes into a tensor that all networks share; call .eval() on it,"
+            " or make that tensor from the images (images.new_zeros)."
         )
-    return error
+    return TargetError(
+        f"{name} cannot run per task ({said.splitlines()[0][:120]}); write that"
+        " operation in others."
+    )
+
+
+def _in_one_dtype(
+    target: nn.Module, weights: Mapping[str, Tensor], images: Tensor
+) -> tuple[Weights, Weights, Tensor]:
+    """Weights, copies of the target's own buffers and images, in autocast's dtype where
+    it is on.
+
+    Under `vmap` autocast reaches some operations and not others, and a network needs
+    one dtype. The buffers are copies, so that a run can change none of the target's.
+    """
+    device = images.device.type
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    )
+    dtype = torch.get_autocast_dtype(device) if is_on else None
+
+    def cast(tensor: Tensor, copied: bool = False) -> Tensor:
+        own = dtype if tensor.is_floating_point() else None
+        return tensor.to(own or tensor.dtype, copy=copied)
+
+    copies = {name: cast(own, copied=True) for name, own in target.named_buffers()}
+    places = places_of(target, "_buffers")
+    buffers = {place: copies[name] for place, name in places.items()}
+    return {name: cast(own) for name, own in weights.items()}, buffers, cast(images)
+
+
+def places_of(target: nn.Module, kind: str = "_parameters") -> dict[str, str]:
+    """Where a tensor goes: every place that holds one ("_parameters" or "_buffers"), to
+    the name it goes by in `named_parameters()`.
+
+    Layers may share a tensor, which then has one name and several places; a layer that
+    is reached under two names is one place.
+    """
+    places, name_of = {}, {}
+    for path, layer in target.named_modules():
+        for key, own in getattr(layer, kind).items():
+            if own is not None:
+                place = f"{path}.{key}".lstrip(".")
+                places[place] = name_of.setdefault(id(own), place)
+    return places
+
+
+@contextmanager
+def _unchanged(
+    target: nn.Module, weights: Weights, buffers: Weights, images: Tensor
+) -> Iterator[None]:
+    """Inside the block the target runs; afterwards it is as it was, and so are all
+    random states. A run that drew or wrote what would not be as in a loop is refused.
+    """
+    if torch.compiler.is_compiling():  # what is traced is no run
+        yield
+        return
+    given = [(own, _version(own)) for own in (images, *weights.values())]
+    states = [(read(), read, write) for read, write in _dice(target, images.device)]
+    own, lent = _lend_copies(target)
+    try:
+        yield
+    finally:
+        for attributes, before in own:
+            attributes.clear()
+            attributes.update(before)
+        drawn = [(write, s) for s, read, write in states if not _same(s, read())]
+        for write, state in drawn:
+            write(state)
+    name = type(target).__name__
+    if drawn:
+        raise TargetError(f"{name} {RANDOM}.")
+    for kept, copied in (*buffers.items(), *lent):
+        if _version(copied):
+            raise TargetError(f"{name} changes its '{kept}' {CHANGES}.")
+    if any(_version(tensor) != before for tensor, before in given):
+        raise TargetError(
+            f"{name} writes over the images or weights that it is given; let it make"
+            " new ones (inplace=False)."
+        )
 
 
 RANDOM = "draws random numbers as it runs; call .eval() on it or take that out"
 CHANGES = "as it runs; call .eval() on it or take that out"
 
 
-def _in_autocast_dtype(
-    target: nn.Module, weights: Mapping[str, Tensor], images: Tensor
-) -> tuple[Weights, Weights, Tensor]:
-    """Weights, the target's own buffers and images, in autocast's dtype where it is on.
+def _lend_copies(
+    target: nn.Module,
+) -> tuple[list[tuple[dict, dict]], list[tuple[str, Tensor]]]:
+    """Put copies in place of the tensors, lists, dicts and sets that layers hold.
 
-    Under `vmap` autocast reaches some operations and not others, and a network needs
-    one dtype.
+    Returns:
+        Each layer's attributes and what they were; and the copies of tensors, each with
+        the name of its attribute.
     """
-    device = images.device.type
-    if not (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    ):
-        return dict(weights), {}, images
-    dtype = torch.get_autocast_dtype(device)
-    buffers = {
-        name: own.to(dtype)
-        for name, own in target.named_buffers()
-        if own.is_floating_point()
-    }
-    images = images.to(dtype) if images.is_floating_point() else images
-    return {name: own.to(dtype) for name, own in weights.items()}, buffers, images
+    own = [(vars(layer), dict(vars(layer))) for layer in target.modules()]
+    torchs = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+    lent: dict[int, object] = {}
+    tensors = []
+    for attributes, before in own:
+        for name, value in before.items():
+            if name in torchs or not isinstance(value, Tensor | list | dict | set):
+                continue
+            if id(value) not in lent:
+                is_tensor = isinstance(value, Tensor)
+                lent[id(value)] = value.clone() if is_tensor else value.copy()
+            attributes[name] = lent[id(value)]
+            if isinstance(value, Tensor):
+                tensors.append((name, attributes[name]))
+    return own, tensors
+
+
+def _dice(target: nn.Module, device: torch.device) -> Iterator[tuple]:
+    """How the state of each source of random numbers is read and written."""
+    yield torch.get_rng_state, torch.set_rng_state
+    yield random.getstate, random.setstate
+    yield np.random.get_state, np.random.set_state
+    if device.type == "cuda":
+        places = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        yield tuple(partial(each, device=device) for each in places)
+    for layer in target.modules():
+        for own in vars(layer).values():
+            if isinstance(own, torch.Generator):
+                yield own.get_state, own.set_state
+
+
+def _same(first: Tensor | tuple, second: Tensor | tuple) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    pairs = zip(first, second, strict=True)
+    return all(np.all(one == other) for one, other in pairs)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written over; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _count_tasks(
     weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
     """T, where every weight is (T, *shape); TargetError names the first that is not."""
-    missing, extra = (
-        sorted(shapes.keys() - weights.keys()),
-        sorted(weights.keys() - shapes.keys()),
-    )
+    missing = sorted(shapes.keys() - weights.keys())
+    extra = sorted(weights.keys() - shapes.keys())
     if missing or extra:
         raise TargetError(
             f"these weights do not fit the target: missing {missing}, not wanted"
             f" {extra}."
         )
-    tasks = next(iter(weights.values())).shape[0]
+    if not weights:
+        raise TargetError("this target has no weights to generate; give another.")
+    first = next(iter(weights.values()))
+    tasks = first.shape[0] if first.ndim else 0
+    if not tasks:
+        raise TargetError(
+            "generated weights need a leading task axis of at least one network, not"
+            f" shape {_shape(first)}."
+        )
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != (tasks, *shape):
             raise TargetError(
@@ -421,13 +548,14 @@ def _reason_to_refuse(layer: nn.Module) -> str | None:
         return (
             "draws random numbers in training mode; call .eval() on it or take it out"
         )
+    if isinstance(layer, torch.jit.ScriptModule):
+        return "is TorchScript, whose weights stay its own; give the module itself"
     if isinstance(layer, nn.RNNBase | nn.LSTMCell):
         return "cannot run per task in PyTorch; loop over nn.GRUCell, or write it out"
     if layer.training and type(layer).__name__ == "_SpectralNorm":
         return "changes itself in training mode; call .eval() on it"
-    if any(
-        nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)
-    ):
+    own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+    if any(nn.parameter.is_lazy(tensor) for tensor in own):
         return (
             "does not know its shape yet; run the module once on a batch of images"
             " first"
@@ -445,29 +573,56 @@ def _couples(layer: nn.modules.batchnorm._NormBase) -> bool:
 
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-KNOWN = (  # layers whose weight and bias have a fan-in, whatever their values
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.modules.conv._ConvNd,
-)
 
 
 def _describe(name: str, parameter: Tensor, module: nn.Module) -> TensorSpec:
     """Shape, fans and ordinary starting scale of one parameter."""
-    layer = module.get_submodule(name.rpartition(".")[0])
-    weight = getattr(layer, "weight", parameter)
-    if weight.ndim < 2 or isinstance(layer, NORMS) or _starts_equal(layer, parameter):
-        # no fan-in, as in a normalisation layer: start where the module itself starts
-        centre = float(parameter.detach().float().mean())
-        return TensorSpec(name, _shape(parameter), centre=centre)
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-    spread = 1 / math.sqrt(3 * fan_in)
-    return TensorSpec(name, _shape(parameter), fan_in, fan_out, spread=spread)
+    path, _, last = name.rpartition(".")
+    if not parameter.numel() or not parameter.is_floating_point():
+        raise TargetError(
+            f"weights '{name}' are {_shape(parameter)} of {parameter.dtype}; only real"
+            " numbers, at least one, can be generated."
+        )
+    layer, centre = module.get_submodule(path), 0.0
+    spread = _ordinary_spread(layer, last, parameter)
+    if spread is None:
+        centre, spread = _own_start(layer, name, parameter)
+    matrix = parameter if parameter.ndim > 1 else getattr(layer, "weight", parameter)
+    fans = (1, 1)
+    if spread and matrix.ndim > 1:
+        fans = nn.init._calculate_fan_in_and_fan_out(matrix)
+    return TensorSpec(name, _shape(parameter), *fans, centre=centre, spread=spread)
 
 
-def _starts_equal(layer: nn.Module, parameter: Tensor) -> bool:
-    """Whether a tensor of no known layer is one number throughout, as a scale is."""
-    if isinstance(layer, KNOWN) or parameter.is_meta:
-        return False
-    return bool((parameter == parameter.flatten()[0]).all())
+def _own_start(layer: nn.Module, name: str, parameter: Tensor) -> tuple[float, float]:
+    """Centre and spread of the values that the module itself has."""
+    values = parameter.detach()
+    if values.is_meta or not values.isfinite().all():
+        raise TargetError(
+            f"weights '{name}' have no values to start from; give the module ordinary"
+            " initial values, on another device than meta."
+        )
+    values = values.double()
+    is_fixed = isinstance(layer, NORMS) or bool(values.min() == values.max())
+    spread = 0.0 if is_fixed else float(values.std(correction=0))
+    return float(values.mean()), spread
+
+
+def _ordinary_spread(layer: nn.Module, last: str, parameter: Tensor) -> float | None:
+    """The standard deviation with which PyTorch draws a parameter of a layer that it
+    knows, around 0; None for any other.
+    """
+    if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | nn.Bilinear):
+        if last not in ("weight", "bias"):
+            return None
+        fan_in, _ = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+        if isinstance(layer, nn.Bilinear):
+            fan_in = layer.in1_features
+        return 1 / math.sqrt(3 * fan_in)
+    if isinstance(layer, nn.RNNCellBase):
+        return 1 / math.sqrt(3 * layer.hidden_size)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return 1.0
+    if isinstance(layer, nn.MultiheadAttention) and parameter.ndim > 1:
+        return math.sqrt(2 / sum(nn.init._calculate_fan_in_and_fan_out(parameter)))
+    return None

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from minisupernet.classification import Pictures, fit, settle_norms, signals
 from minisupernet.course.studies import static_hypernet as study
-from minisupernet.errors import StaticError
+from minisupernet.errors import StaticError, TargetError
 from minisupernet.static_hypernet import (
     STARTS,
     ChunkedHyperNet,
@@ -167,6 +167,86 @@ def test_a_generated_network_is_the_target_with_those_kernels(make, monkeypatch)
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def twice(kind: str) -> nn.Module:
+    """Two convolutions with one kernel: a Parameter in both, or one layer twice."""
+    first, second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    if kind == "tied":
+        second.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), second if kind == "tied" else first)
+
+
+@pytest.mark.parametrize("kind", ["tied", "shared"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda target: StaticHyperNet(target, 3),
+        lambda target: ChunkedHyperNet(target, 3),
+        lambda target: LowRankHyperNet(target, 2),
+    ],
+)
+def test_a_kernel_that_layers_share_is_made_once(kind, make):
+    target, images = twice(kind), torch.randn(2, 16, 8, 8)
+    own = target[0].weight
+    hyper = make(target)
+    assert list(hyper()) == ["0.weight"]
+    network = Generated(target, hyper)
+    assert count(network) == count(hyper) + sum(b.numel() for b in biases(target))
+    alone = copy.deepcopy(target)
+    with torch.no_grad():
+        alone[0].weight.copy_(hyper()["0.weight"])
+    torch.testing.assert_close(network(images), alone(images))
+    assert target[0].weight is own and target[2].weight is own
+
+
+def biases(network: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in network.named_parameters() if name.endswith("bias")]
+
+
+def test_the_target_given_is_not_changed():
+    target, images = small_stack(), torch.randn(2, 3, 8, 8)
+    before = {name: own.clone() for name, own in target.state_dict().items()}
+    parameters, expected = [*target.parameters()], target(images)
+    network = Generated(target, StaticHyperNet(target, 5, channels=4))
+    network(images).sum().backward()
+    assert all(a is b for a, b in zip(target.parameters(), parameters, strict=True))
+    assert all(torch.equal(own, before[n]) for n, own in target.state_dict().items())
+    assert torch.equal(target(images), expected)
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_a_kernel_that_is_computed_stays_so():
+    """The other kernel of the network is generated."""
+    computed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3))
+    target = nn.Sequential(computed, nn.Conv2d(16, 16, 3))
+    assert list(kernels_to_make(target)) == ["1.weight"]
+    with pytest.raises(StaticError, match="it has none"):
+        kernels_to_make(nn.Sequential(computed))
+
+
+class Reversed(nn.Module):
+    """The same layers, known in another order."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Conv2d(16, 16, 3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda target: StaticHyperNet(target, 3),
+        lambda target: ChunkedHyperNet(target, 3),
+        lambda target: LowRankHyperNet(target, 2),
+    ],
+)
+def test_a_state_knows_the_kernels_that_it_makes(make):
+    one, other = make(Reversed("ab")), make(Reversed("ba"))
+    with pytest.raises(TargetError, match=r"it makes a.weight .* makes b.weight"):
+        other.load_state_dict(one.state_dict())
+    make(Reversed("ab")).load_state_dict(one.state_dict())
+
+
 def test_without_a_hypernetwork_the_network_is_the_target():
     target, images = small_stack(), torch.randn(2, 3, 8, 8)
     assert torch.equal(Generated(target, None)(images), target(images))
@@ -311,6 +391,14 @@ def test_the_ratio_counts_embeddings_and_goes_through_one():
         (
             lambda: StaticHyperNet(WideResNet(10, generated=True).target, size=3),
             "no 3 x 3 kernel",
+        ),
+        (
+            lambda: kernels_to_make(nn.Sequential(nn.LazyConv2d(16, 3))),
+            r"layer '0' \(LazyConv2d\) does not know its shape yet; run the network",
+        ),
+        (
+            lambda: Generated(twice("tied"), StaticHyperNet(WideResNet(10).target)),
+            r"makes '1.conv_1.weight' of shape \(16, 16, 3, 3\), which is no parameter",
         ),
         (
             lambda: ChunkedHyperNet(WideResNet(10).target, 0),

@@ -23,13 +23,14 @@ from minisupernet.errors import FitError, GeneratorError, TaskError
 from minisupernet.fitting import (
     Fit,
     accuracy,
+    answers,
     class_accuracy,
     fit_shared,
     fit_weights,
     fit_z,
     train_generator,
 )
-from minisupernet.supernet import ClassVectors, SuperNet
+from minisupernet.supernet import ClassVectors, SuperNet, TaskVectors
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
 from minisupernet.training import train
 
@@ -271,6 +272,73 @@ def test_many_networks_find_one_class_of_many(squares, make):
 def test_class_vectors_stand_for_single_classes():
     with pytest.raises(TaskError, match="give each task a vector of its own"):
         ClassVectors(BinaryTasks(((0, 1),), (2,)), 4)
+
+
+class NotSqueezed(Small):
+    """One number an image, with an axis too many: labels would be broadcast."""
+
+    def forward(self, images):
+        return super().forward(images).unsqueeze(1)
+
+
+class Several(Small):
+    def forward(self, images):
+        return super().forward(images), images
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [(NotSqueezed, r"\(2, 20, 1\)"), (Several, "tuple")]
+)
+def test_answers_that_do_not_meet_the_labels_are_refused(squares, kind, found):
+    target, tasks = kind(), BinaryTasks((0, 1), (2, 3))
+    spec, data = WeightSpec.of(target), TaskImages(squares, tasks)
+    generator, start = SuperNet(spec, 4), torch.zeros(spec.size)
+    images, weights = (
+        torch.zeros(2, 20, 3, 32, 32),
+        spec.split(torch.zeros(2, spec.size)),
+    )
+    said = rf"{kind.__name__} must give one number an image, \(2, 20\) .* not {found}"
+    with pytest.raises(FitError, match=said):
+        answers(target, weights, images)
+    for act in (
+        lambda: accuracy(target, weights, data),
+        lambda: class_accuracy(target, weights, data),
+        lambda: train_generator(generator, target, data, Fit(1)),
+        lambda: fit_z(generator, target, data, Fit(1), torch.zeros(4)),
+        lambda: fit_weights(spec, target, data, Fit(1), start),
+        lambda: fit_shared(spec, target, data, Fit(1), start),
+    ):
+        with pytest.raises(FitError, match="must give one number an image"):
+            act()
+
+
+def test_a_start_of_another_shape_is_refused(squares):
+    target, data = Small(), TaskImages(squares, BinaryTasks((0, 1, 2), (3, 4, 5)))
+    spec = WeightSpec.of(target)
+    generator = SuperNet(spec, 4)
+    for start in (torch.zeros(5), torch.zeros(2, 4), torch.zeros(3, 1), torch.ones(())):
+        with pytest.raises(FitError, match=r"must be \(4,\) for all tasks or \(3, 4\)"):
+            fit_z(generator, target, data, Fit(1), start)
+        for fit_ordinary in (fit_weights, fit_shared):
+            with pytest.raises(FitError, match=rf"must be \({spec.size},\) for all"):
+                fit_ordinary(spec, target, data, Fit(1), start)
+    with pytest.raises(FitError, match="of torch.int64"):
+        fit_z(generator, target, data, Fit(1), torch.zeros(4, dtype=torch.int64))
+
+
+def test_vectors_and_watched_tasks_of_others_are_refused(squares):
+    target, tasks = Small(), experiment_2(10)
+    data, half = (TaskImages(squares, t) for t in (tasks, tasks.select([5, 6])))
+    others = ClassVectors(BinaryTasks(tasks.negative, tasks.positive), 4)
+    for given, said in (
+        ({"vectors": TaskVectors(9, 4)}, "9 task vectors do not fit 10 tasks"),
+        ({"vectors": others}, "class vectors belong to other tasks"),
+        ({"one_hot": True}, "10 tasks need one-hot vectors .* with z_dim=10"),
+        ({"watch": half}, "to watch must be the first of those trained"),
+    ):
+        generator = SuperNet(WeightSpec.of(target), 4)
+        with pytest.raises(FitError, match=said):
+            train_generator(generator, target, data, Fit(1), **given)
 
 
 def test_only_the_named_tensors_are_fitted(trained):

@@ -202,6 +202,16 @@ def test_normalisation_layers_start_at_one_and_zero():
             r"layer '0' \(LazyLinear\) does not know its shape",
         ),
         (nn.ReLU(), "ReLU has no weights to generate"),
+        (nn.Linear(0, 3), r"'weight' are \(3, 0\) of torch.float32; only real numbers"),
+        (nn.Linear(2, 3, dtype=torch.complex64), "'weight' are .* only real numbers"),
+        (
+            nn.LayerNorm(4, device="meta"),
+            "weights 'weight' have no values to start from",
+        ),
+        (
+            nn.LazyBatchNorm1d(affine=False).eval(),
+            r"layer 'itself' \(LazyBatchNorm1d\) does not know its shape",
+        ),
     ],
 )
 def test_layers_that_cannot_run_per_task_are_named(module, message):
@@ -350,9 +360,49 @@ def test_a_scale_of_ones_of_ones_own_starts_at_one():
             self.gamma = nn.Parameter(torch.full((8, 1, 1), 0.1))
             self.matrix = nn.Parameter(torch.randn(8, 4))
 
-    gamma, matrix = WeightSpec.of(Own()).tensors
+    module = Own()
+    gamma, matrix = WeightSpec.of(module).tensors
     assert (gamma.centre, gamma.spread) == (pytest.approx(0.1), 0.0)
-    assert matrix.centre == 0 and matrix.spread > 0
+    assert matrix.centre == pytest.approx(module.matrix.mean().item(), abs=1e-6)
+    assert matrix.spread == pytest.approx(module.matrix.std(correction=0).item())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(8, 64, 3),
+        nn.ConvTranspose2d(64, 32, 3),
+        nn.Bilinear(30, 20, 40),
+        nn.Embedding(200, 20),
+        nn.GRUCell(30, 50),
+        nn.RNNCell(50, 80),
+        nn.MultiheadAttention(64, 2),
+        nn.MultiheadAttention(64, 2, kdim=32, vdim=32),
+        nn.utils.parametrizations.weight_norm(nn.Linear(60, 90)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_each_kind_of_layer_starts_as_pytorch_draws_it(layer):
+    """Also a layer that computes its weights: the network it becomes starts alike."""
+    for tensor in WeightSpec.of(layer).tensors:
+        own = layer.get_parameter(tensor.name).detach()
+        if tensor.name in ("out_proj.bias", "in_proj_bias"):
+            assert not own.any() and tensor.centre == 0  # 0 in attention alone
+        else:
+            room = 4 * tensor.spread / own.numel() ** 0.5
+            assert own.mean().item() == pytest.approx(tensor.centre, abs=room)
+            assert own.std().item() == pytest.approx(tensor.spread, rel=0.25)
+
+
+def test_glorots_rule_leaves_what_has_no_fan_in_at_its_centre():
+    spec = WeightSpec.of(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm((2, 6)), Scaled()))
+    drawn = spec.draw(2, torch.Generator().manual_seed(0), "glorot")
+    drawn = spec.split(drawn)
+    assert drawn["0.weight"].std() > 0 and not drawn["0.bias"].any()
+    assert torch.equal(drawn["1.weight"], torch.ones(2, 2, 6))
+    assert torch.equal(drawn["2.scale"], torch.full((2,), 1.5))
+    with pytest.raises(TargetError, match="no rule 'he'; choose 'torch' or 'glorot'"):
+        spec.draw(2, torch.Generator(), "he")
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
@@ -360,7 +410,7 @@ def test_a_scale_of_ones_of_ones_own_starts_at_one():
     ("kind", "said"),
     [
         (Drop, "Drop draws random numbers as it runs; call .eval()"),
-        (Count, "changes its buffer 'seen' as it runs; call .eval()"),
+        (Count, "changes its 'seen' as it runs; call .eval()"),
     ],
 )
 def test_what_is_drawn_or_changed_is_refused_for_any_number(kind, said, tasks):
@@ -373,6 +423,127 @@ def test_what_is_drawn_or_changed_is_refused_for_any_number(kind, said, tasks):
         assert not net.seen.any()
     else:
         run_tasks(net.eval(), weights, torch.randn(tasks, 4, 6))
+
+
+class Keeps(Two):
+    """Changes attributes of its own, as a network that shows its features does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.features, self.calls = None, [], 0
+
+    def forward(self, x):
+        self.last, self.calls = self.layer(x), self.calls + 1
+        self.features.append(self.last)
+        return self.last * self.calls
+
+
+class Masked(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.ones(2)  # no buffer
+
+    def forward(self, x):
+        return self.layer(x) * self.mask.mul_(0.5)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_what_a_target_keeps_as_it_runs_is_forgotten(tasks):
+    net, features = Keeps(), None
+    features, spec = net.features, WeightSpec.of(net)
+    weights = spec.split(spec.draw(tasks, torch.Generator().manual_seed(0)))
+    found = run_tasks(net, weights, torch.randn(tasks, 4, 6))
+    assert (net.last, net.calls) == (None, 0)
+    assert net.features is features and not features
+    assert found.shape == (tasks, 4, 2)
+    masked = Masked()
+    with pytest.raises(TargetError, match="Masked changes its 'mask' as it runs"):
+        run_tasks(masked, weights, torch.randn(tasks, 4, 6))
+    assert torch.equal(masked.mask, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_are_never_changed_under_autocast_either(dtype):
+    net = Count().to(dtype)
+    weights = WeightSpec.of(net).split(torch.randn(1, 14))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TargetError):
+        run_tasks(net, weights, torch.randn(1, 4, 6))
+    assert not net.seen.any()
+
+
+class Gives(Two):
+    def __init__(self, more: object) -> None:
+        super().__init__()
+        self.more = more
+
+    def forward(self, x):
+        return self.layer(x), self.more
+
+
+class Over(Two):
+    def forward(self, x):
+        return self.layer(x.relu_())
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (Gives(None), "Gives returns NoneType among its outputs; let it return tensor"),
+        (Gives(1.0), "Gives returns float among its outputs"),
+        (Over(), r"Over writes over the images or weights .* \(inplace=False\)"),
+    ],
+)
+def test_other_outputs_and_changed_images_are_refused_for_any_number(net, said, tasks):
+    weights = WeightSpec.of(net).split(torch.randn(tasks, 14))
+    with pytest.raises(TargetError, match=said):
+        run_tasks(net, weights, torch.randn(tasks, 4, 6))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_what_one_network_cannot_do_alone_says_so_itself(tasks):
+    """Images of the wrong size: the sentence is that of the layer, for any number."""
+    target = TaskClassifier()
+    weights = WeightSpec.of(target).split(torch.zeros(tasks, 37_165))
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 1"):
+        run_tasks(target, weights, torch.zeros(tasks, 2, 1, 32, 32))
+
+
+class Writes(Two):
+    def forward(self, x):
+        return torch.zeros(4, 2).add_(self.layer(x))
+
+
+class Chooses(Two):
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (Writes(), r"Writes writes into a tensor that all .* \(images.new_zeros\)"),
+        (Chooses(), "Chooses cannot run per task .*data-dependent control flow"),
+    ],
+)
+def test_what_cannot_run_side_by_side_is_refused_in_one_sentence(net, said):
+    weights = WeightSpec.of(net).split(torch.randn(2, 14))
+    with pytest.raises(TargetError, match=said) as error:
+        run_tasks(net, weights, torch.randn(2, 4, 6))
+    assert "\n" not in str(error.value)
+    alone = {name: own[:1] for name, own in weights.items()}
+    assert run_tasks(net, alone, torch.ones(1, 4, 6)).shape == (1, 4, 2)
+
+
+def test_weights_without_networks_are_refused():
+    images = torch.zeros(1, 4, 6)
+    with pytest.raises(TargetError, match=r"leading task axis .* not shape \(\)"):
+        run_tasks(Scaled(), dict(Scaled().named_parameters()), images)
+    empty = WeightSpec.of(Two()).split(torch.zeros(0, 14))
+    with pytest.raises(TargetError, match="of at least one network"):
+        run_tasks(Two(), empty, torch.zeros(0, 4, 6))
+    with pytest.raises(TargetError, match="this target has no weights"):
+        run_tasks(nn.ReLU(), {}, images)
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
@@ -412,8 +583,10 @@ def test_spectral_norm_in_training_mode_is_named():
     WeightSpec.of(net.eval())
 
 
-def test_many_networks_can_be_exported():
-    target = TaskClassifier(4)
+@pytest.mark.parametrize("strict", [False, True])
+def test_many_networks_can_be_exported(strict):
+    norm = nn.BatchNorm2d(4).eval()
+    target = nn.Sequential(nn.Conv2d(3, 4, 5, 4), norm, nn.Flatten(), nn.Linear(196, 1))
     spec = WeightSpec.of(target)
 
     class Many(nn.Module):
@@ -422,5 +595,7 @@ def test_many_networks_can_be_exported():
 
     flat = spec.draw(2, torch.Generator().manual_seed(0))
     inputs = flat, torch.randn(2, 3, 3, 32, 32)
-    program = torch.export.export(Many(), inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the target's weights are put in for the call
+        program = torch.export.export(Many(), inputs, strict=strict)
     torch.testing.assert_close(program.module()(*inputs), Many()(*inputs))
