@@ -14,6 +14,7 @@ insertion of a layer; the check of the answers; the optimiser's memory; the cont
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,8 @@ class Widening:
         Raises:
             GrowthError: where the layer cannot be widened.
         """
+        if not isinstance(width, Integral):
+            raise GrowthError(f"a width is a whole number of units, not {width!r}.")
         wiring = find_wiring(model, layer, regardless, _count(inputs))
         return cls(wiring, copy_units(wiring.units, width, split, seed))
 
@@ -265,13 +268,25 @@ def widen(
     if inputs is not None and not regardless:
         check_answers(model, grown, inputs)
     if noise:
-        weight, old = grown.get_submodule(layer).weight, plan.wiring.units
-        drawn = torch.randn(
-            weight[old:].shape, generator=torch.Generator().manual_seed(seed + 1)
+        _add_noise(
+            grown.get_submodule(layer).weight, plan.wiring.units, noise, seed + 1
         )
-        with torch.no_grad():
-            weight[old:] += noise * weight[:old].std() * drawn.to(weight)
     return grown
+
+
+@torch.no_grad()
+def _add_noise(weight: Tensor, units: int, noise: float, seed: int) -> None:
+    """Move the weights behind the first `units`, in place, by normal noise in standard
+    deviations of those.
+    """
+    if weight[:units].numel() < 2 or not 0 < noise < math.inf:
+        raise GrowthError(
+            f"noise of {noise} standard deviations of {weight[:units].numel()} weights"
+            " cannot be drawn; give a number from 0 on, and two weights or more."
+        )
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight[units:].shape, generator=random)
+    weight[units:] += noise * weight[:units].std() * drawn.to(weight)
 
 
 def deepen(
@@ -446,11 +461,12 @@ def _count(inputs: Examples) -> int | None:
 
 
 def _as_tuple(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    several = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    if not several or not all(isinstance(each, Tensor) for each in several):
+    several = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    tensors = [isinstance(each, Tensor) and each.numel() for each in several]
+    if not several or not all(tensors):
         raise GrowthError(
             "the example inputs must be a tensor or a tuple of tensors, as forward"
-            " takes them."
+            " takes them, and not empty."
         )
     return several
 
@@ -479,8 +495,12 @@ def check_answers(
             "the grown network's answers to these inputs have other shapes, or none;"
             " it does not keep the function."
         )
-    floats = [each.dtype for each in model.parameters() if each.is_floating_point()]
-    rounding = max((torch.finfo(each).eps for each in floats), default=2.0**-52)
+    floats = [
+        each
+        for each in model.parameters()
+        if each.dtype.is_floating_point or each.is_complex()
+    ]
+    rounding = max((torch.finfo(each.dtype).eps for each in floats), default=2.0**-52)
     change = max(map(_change, before, after))
     if not change <= min(100 * rounding + 1e-12, 0.05):
         raise GrowthError(

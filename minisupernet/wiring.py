@@ -209,17 +209,18 @@ class _Walk:
         expected = {self.layer, *self.per_unit, *self.readers}
         modules = {self.reading.network.get_submodule(name) for name in changed}
         for node in self.reading.graph.nodes:
-            name = self.reading.name(node)
+            name, wrong = self.reading.name(node), False
             if node.op == "call_module" and name in changed:
                 self.reading.call_of(name)
                 wrong = name not in expected
             elif node.op == "call_module":
-                wrong = modules & {*self.reading.module(node).modules()}
-            else:
-                wrong = node.op == "get_attr" and any(
-                    f"{name}.".startswith(f"{each}.") or each.startswith(f"{name}.")
-                    for each in changed
-                )
+                inside = {*self.reading.module(node).modules()}
+                _check_read(inside, name)
+                wrong = bool(modules & inside)
+            elif node.op == "get_attr":
+                tensor = f"{name}."
+                wrong = any(tensor.startswith(f"{each}.") for each in changed)
+                wrong = wrong or any(each.startswith(tensor) for each in changed)
             if wrong:
                 raise GrowthError(
                     f"'{name}', which changes with layer '{self.layer}', is also read"
@@ -477,10 +478,8 @@ def _feeding(reading: "Reading") -> dict[Node, str | None]:
             continue
         layers = {each: reading.network.get_submodule(each) for each in names}
         alike = {(type(each), each.weight.dtype) for each in layers.values()}
-        pooled = (
-            type(module) in POOLING or KINDS.get(_operation_name(node)) == "pooling"
-        )
-        if len(alike) == 1 and not (pooled and alike.pop()[0] is nn.Linear):
+        flat = any(isinstance(each, nn.Linear) for each in layers.values())
+        if len(alike) == 1 and not (flat and _pools(reading, node)):
             found[node] = max(names, key=lambda each: len(layers[each].weight))
     return found
 
@@ -495,6 +494,11 @@ def _keeps_shape(reading: "Reading", node: Node) -> bool:
     return kind == "arithmetic" or (
         inputs == 1 and kind in ("each number", "dropout", "pooling")
     )
+
+
+def _pools(reading: "Reading", node: Node) -> bool:
+    kind = KINDS.get(_operation_name(node))
+    return type(reading.module(node)) in POOLING or kind == "pooling"
 
 
 @dataclass(frozen=True)
@@ -518,12 +522,13 @@ class Reading:
                 "the network has layers whose sizes are not known yet; run it on one"
                 " batch first."
             )
-        network = copy_of(model).train(training)
+        network = copy_of(model)
         root, tracer = _Call(network), _Tracer(given)
         for name, module in network.named_modules():
             if not tracer.is_leaf_module(module, name):
                 _check_no_hooks(module, name)
         try:
+            network.train(training)
             with torch.random.fork_rng(devices=[]):
                 return cls(tracer.trace(root), network, root, training)
         except Exception as error:  # a forward may fail under tracing in any way
@@ -581,17 +586,20 @@ class Reading:
             )
 
     def check_in_place(self, node: Node) -> None:
-        """Refuse an activation that overwrites what others read too."""
-        if not getattr(self.module(node), "inplace", False):
-            return
-        for before in node.all_input_nodes:
-            while len(before.users) == 1 and _keeps_shape(self, before):
-                before = before.all_input_nodes[0]
-            if len(before.users) > 1:
-                raise GrowthError(
-                    f"'{self.name(node)}' works in place on a tensor that others read;"
-                    " make it with inplace=False."
-                )
+        """Refuse an activation that overwrites what is read after it."""
+        nodes = [*self.graph.nodes]
+        here, same = nodes.index(node), {*node.all_input_nodes}
+        for before in reversed(nodes[:here]):
+            if before in same and _keeps_shape(self, before):
+                same |= {*before.all_input_nodes}  # perhaps the same tensor
+        later = {user for before in same for user in before.users} - {
+            *nodes[: here + 1]
+        }
+        if later and getattr(self.module(node), "inplace", False):
+            raise GrowthError(
+                f"'{self.name(node)}' works in place on a tensor that is read after it;"
+                " make it with inplace=False."
+            )
 
     def steps(self, inserted: str | None = None) -> list[tuple]:
         """What the steps do, without names; those of an insertion behind the activation
@@ -636,9 +644,9 @@ class _Value(Proxy):
     @property
     def __class__(self) -> type:
         asks = sys._getframe(1)
-        while asks.f_globals["__name__"] == "abc":
+        while asks.f_globals.get("__name__") == "abc":
             asks = asks.f_back
-        own = asks.f_globals["__name__"].split(".")[0] == "torch"
+        own = asks.f_globals.get("__name__", "").split(".")[0] == "torch"
         if not own or asks.f_code.co_name == "is_tensor":
             raise TraceError("forward asks what type a value is")
         return _Value
@@ -761,6 +769,18 @@ def _check_no_computed(module: nn.Module, name: str) -> None:
             f"a weight of layer '{name}' is computed from others; remove its"
             " parametrisation first."
         )
+
+
+def _check_read(inside: set[nn.Module], name: str) -> None:
+    """Refuse other code than PyTorch's within one of its modules, such as a
+    parametrisation: it is not recorded, and may read anything.
+    """
+    for module in inside:
+        if type(module).__module__.split(".")[0] != "torch":
+            raise GrowthError(
+                f"what {type(module).__name__} does inside '{name}' is not seen;"
+                " compute it in forward."
+            )
 
 
 def _check_no_hooks(module: nn.Module, name: str) -> None:
