@@ -2,19 +2,34 @@
 and colleagues, 2016).
 
 `widen` copies units and lets the copies share what the original passed on; `deepen`
-inserts a layer that does nothing yet.
+inserts a layer that does nothing yet. Both look into the network first and refuse what
+they cannot follow; given example inputs, they compare the answers before and after.
+`carry_over` lets the optimiser's memory grow along. `pad` and `insert_random` grow by
+random weights instead: the controls.
+
+In this order: which units are copied; what a widening changes; `widen`; `deepen`; the
+insertion of a layer; the check of the answers; the optimiser's memory; the controls.
 """
 
-import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from minisupernet.errors import GrowthError
-from minisupernet.wiring import Wiring, feeding_layer, find_wiring
+from minisupernet.wiring import (
+    Wiring,
+    check_same_steps,
+    copy_of,
+    feeding_layer,
+    find_wiring,
+    reason,
+    tensors_of,
+)
 
 __all__ = [
     "Copies",
@@ -27,10 +42,10 @@ __all__ = [
     "widen",
 ]
 
-IDEMPOTENT = (
-    nn.ReLU,
-    nn.ReLU6,
-)  # f(f(v)) = f(v): a second one behind the first changes nothing
+Examples = Tensor | Sequence[Tensor] | None  # a batch of the network's inputs
+
+# f(f(v)) = f(v): a second one behind the first changes nothing
+IDEMPOTENT = (nn.ReLU, nn.ReLU6)
 MADE_SIZES = (
     "out_features",
     "out_channels",
@@ -127,6 +142,7 @@ class Widening:
         split: str = "even",
         seed: int = 0,
         regardless: bool = False,
+        inputs: Examples = None,
     ) -> "Widening":
         """Plan the widening of one layer; `widen` follows the same plan for the same
         arguments.
@@ -134,7 +150,9 @@ class Widening:
         Raises:
             GrowthError: where the layer cannot be widened.
         """
-        wiring = find_wiring(model, layer, regardless)
+        if not isinstance(width, Integral):
+            raise GrowthError(f"a width is a whole number of units, not {width!r}.")
+        wiring = find_wiring(model, layer, regardless, _count(inputs))
         return cls(wiring, copy_units(wiring.units, width, split, seed))
 
     def axes(self, model: nn.Module) -> dict[str, int]:
@@ -146,7 +164,7 @@ class Widening:
         return {
             f"{name}.{key}": axis
             for name, axis in modules.items()
-            for key, tensor in model.get_submodule(name).state_dict().items()
+            for key, tensor in tensors_of(model.get_submodule(name)).items()
             if tensor.ndim > axis
         }
 
@@ -163,35 +181,49 @@ class Widening:
         return copied(tensor, axis, self.copies, shared=axis == 0)
 
     def grow(
-        self, model: nn.Module, change: Callable[[str, Tensor, int], Tensor]
+        self,
+        model: nn.Module,
+        change: Callable[[str, Tensor, int], Tensor],
+        inputs: Examples = None,
     ) -> nn.Module:
         """A copy of `model` with each planned tensor replaced by `change(name, old
         tensor, axis)`.
+
+        Raises:
+            GrowthError: where the copy would take other steps than the model.
         """
-        grown, units, width = (
-            copy.deepcopy(model),
-            self.wiring.units,
-            len(self.copies.source),
-        )
+        grown = copy_of(model)
         for name, axis in self.axes(model).items():
             owner, _, key = name.rpartition(".")
             module = grown.get_submodule(owner)
             old = getattr(module, key)
             new = change(name, old.detach(), axis)
-            setattr(
-                module,
-                key,
-                (
-                    nn.Parameter(new, old.requires_grad)
-                    if isinstance(old, nn.Parameter)
-                    else new
-                ),
-            )
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, old.requires_grad)
+            setattr(module, key, new)
         for name in (self.wiring.layer, *self.wiring.per_unit):
-            _resize(grown.get_submodule(name), MADE_SIZES, units, width)
+            self._resize(grown.get_submodule(name), MADE_SIZES)
         for name in self.wiring.readers:
-            _resize(grown.get_submodule(name), READ_SIZES, units, width)
+            self._resize(grown.get_submodule(name), READ_SIZES)
+        check_same_steps(model, grown, given=_count(inputs))
         return grown
+
+    def _resize(self, module: nn.Module, attributes: tuple[str, ...]) -> None:
+        """Make a module's record of its sizes fit its new tensors."""
+        units, width = self.wiring.units, len(self.copies.source)
+        if getattr(module, "groups", 1) > 1:  # depthwise: a group for each unit
+            attributes = (*attributes, "in_channels", "groups")
+        for name in attributes:
+            if hasattr(module, name):
+                setattr(module, name, getattr(module, name) // units * width)
+        if isinstance(module, nn.LayerNorm):
+            first, *rest = module.normalized_shape
+            module.normalized_shape = (first // units * width, *rest)
+        if isinstance(module, nn.GroupNorm) and module.num_channels % module.num_groups:
+            raise GrowthError(
+                f"{module.num_channels} channels cannot be divided into the"
+                f" {module.num_groups} groups of GroupNorm; choose a width that can."
+            )
 
 
 def widen(
@@ -203,6 +235,7 @@ def widen(
     split: str = "even",
     seed: int = 0,
     regardless: bool = False,
+    inputs: Examples = None,
 ) -> nn.Module:
     """A new network whose `layer` has `width` units and which computes the same
     function (Net2Wider).
@@ -214,22 +247,46 @@ def widen(
             deviations of the layer's weights.
         split: see `copy_units`.
         regardless: go on past layers that mix units; the function is then not kept.
+        inputs: example inputs, a tensor or a tuple of them, as `forward` takes them.
+            The answers to them, in eval mode and before noise, are then compared.
+            Reading a network always misses something; this is the check.
 
     Raises:
-        GrowthError: where the layer cannot be widened; the message says why.
+        GrowthError: where the layer cannot be widened, or an answer would change; the
+            message says why.
     """
     plan = Widening.of(
-        model, layer, width, split=split, seed=seed, regardless=regardless
+        model,
+        layer,
+        width,
+        split=split,
+        seed=seed,
+        regardless=regardless,
+        inputs=inputs,
     )
-    grown = plan.grow(model, lambda name, old, axis: plan.weight(old, axis))
+    grown = plan.grow(model, lambda name, old, axis: plan.weight(old, axis), inputs)
+    if inputs is not None and not regardless:
+        check_answers(model, grown, inputs)
     if noise:
-        weight, old = grown.get_submodule(layer).weight, plan.wiring.units
-        drawn = torch.randn(
-            weight[old:].shape, generator=torch.Generator().manual_seed(seed + 1)
+        _add_noise(
+            grown.get_submodule(layer).weight, plan.wiring.units, noise, seed + 1
         )
-        with torch.no_grad():
-            weight[old:] += noise * weight[:old].std() * drawn.to(weight)
     return grown
+
+
+@torch.no_grad()
+def _add_noise(weight: Tensor, units: int, noise: float, seed: int) -> None:
+    """Move the weights behind the first `units`, in place, by normal noise in standard
+    deviations of those.
+    """
+    if weight[:units].numel() < 2 or not 0 < noise < math.inf:
+        raise GrowthError(
+            f"noise of {noise} standard deviations of {weight[:units].numel()} weights"
+            " cannot be drawn; give a number from 0 on, and two weights or more."
+        )
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight[units:].shape, generator=random)
+    weight[units:] += noise * weight[:units].std() * drawn.to(weight)
 
 
 def deepen(
@@ -239,6 +296,7 @@ def deepen(
     kernel: int = 3,
     statistics: Tensor | None = None,
     regardless: bool = False,
+    inputs: Examples = None,
 ) -> nn.Module:
     """A new network with one more layer, an identity, behind the ReLU module `after`
     (Net2Deeper).
@@ -252,17 +310,20 @@ def deepen(
             variance: exact in eval mode, nearly so in training.
         regardless: go on behind an activation that is not idempotent; the function is
             then not kept.
+        inputs: example inputs to which the answers are compared, as in `widen`.
 
     Raises:
-        GrowthError: where no identity layer can be inserted; the message says why.
+        GrowthError: where no identity layer can be inserted, or an answer would change;
+            the message says why.
     """
-    layer = identity_(insertion(model, after, kernel, regardless))
-    norm = (
-        None
-        if statistics is None
-        else undo_(norm_for(layer), _arriving(model, after, statistics))
-    )
-    return insert(model, after, layer, norm)
+    layer = identity_(insertion(model, after, kernel, regardless, inputs))
+    norm = None
+    if statistics is not None:
+        norm = undo_(norm_for(layer), _arriving(model, after, layer, statistics))
+    grown = insert(model, after, layer, norm, inputs)
+    if inputs is not None and not regardless:
+        check_answers(model, grown, inputs)
+    return grown
 
 
 @torch.no_grad()
@@ -294,7 +355,11 @@ def undo_(norm: nn.Module, values: Tensor) -> nn.Module:
 
 
 def insertion(
-    model: nn.Module, after: str, kernel: int = 3, regardless: bool = False
+    model: nn.Module,
+    after: str,
+    kernel: int = 3,
+    regardless: bool = False,
+    inputs: Examples = None,
 ) -> nn.Module:
     """A Linear or Conv2d layer with as many inputs and outputs as units arrive at
     module `after`, not yet initialised.
@@ -308,36 +373,45 @@ def insertion(
             f"a kernel of side {kernel} has no centre to pass the image on; give an odd"
             " number."
         )
-    feeding = feeding_layer(model, after)
+    feeding = feeding_layer(model, after, _count(inputs))
     activation = model.get_submodule(after)
-    if not isinstance(activation, IDEMPOTENT) and not regardless:
+    if type(activation) not in IDEMPOTENT and not regardless:
         raise GrowthError(
             f"'{after}' is {type(activation).__name__}, and an identity layer keeps the"
             " function only behind an activation f with f(f(v)) = f(v); name a ReLU"
             " module."
         )
-    units, like = (
-        len(feeding.weight),
-        {"device": feeding.weight.device, "dtype": feeding.weight.dtype},
-    )
+    weight = feeding.weight
+    units, like = len(weight), {"device": weight.device, "dtype": weight.dtype}
     if isinstance(feeding, nn.Linear):
-        return nn.Linear(units, units, **like)
-    return nn.Conv2d(units, units, kernel, padding=kernel // 2, **like)
+        return nn.utils.skip_init(nn.Linear, units, units, **like)
+    sizes, padding = (units, units, kernel), kernel // 2
+    return nn.utils.skip_init(nn.Conv2d, *sizes, padding=padding, **like)
 
 
 def insert(
-    model: nn.Module, after: str, layer: nn.Module, norm: nn.Module | None = None
+    model: nn.Module,
+    after: str,
+    layer: nn.Module,
+    norm: nn.Module | None = None,
+    inputs: Examples = None,
 ) -> nn.Module:
     """A copy of `model` with `layer`, `norm` if given, and a second activation behind
     the activation `after`.
+
+    Raises:
+        GrowthError: where the copy would take other steps than the model but for these.
     """
-    grown = copy.deepcopy(model)
-    parent, _, key = after.rpartition(".")
+    grown = copy_of(model)
     activation = grown.get_submodule(after)
-    parts = [activation, layer, *([norm] if norm else []), copy.deepcopy(activation)]
-    setattr(
-        grown.get_submodule(parent), key, nn.Sequential(*parts).train(model.training)
-    )
+    parts = [activation, layer, *([norm] if norm else []), copy_of(activation)]
+    longer = nn.Sequential(*parts).train(model.training)
+    named = grown.named_modules(remove_duplicate=False)
+    names = [name for name, module in named if module is activation]
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        setattr(grown.get_submodule(parent), key, longer)
+    check_same_steps(model, grown, names[0], _count(inputs))
     return grown
 
 
@@ -348,37 +422,141 @@ def norm_for(layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _arriving(model: nn.Module, after: str, inputs: Tensor) -> Tensor:
-    """What module `after` puts out, in eval mode, for a batch of the network's
-    inputs.
+def _arriving(
+    model: nn.Module, after: str, layer: nn.Module, statistics: Tensor
+) -> Tensor:
+    """What module `after` puts out, in eval mode, for a batch of the network's inputs:
+    (B, units) or (B, units, H, W).
     """
-    probe, seen = copy.deepcopy(model).eval(), []
+    probe, seen = copy_of(model).eval(), []
     probe.get_submodule(after).register_forward_hook(
         lambda module, given, out: seen.append(out)
     )
-    probe(inputs)
-    return seen[0]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            probe(statistics)
+    except Exception as error:  # a network may fail on a wrong batch in any way
+        raise GrowthError(
+            "the network does not run on the batch given as statistics"
+            f" ({reason(error)}); give a batch of its inputs."
+        ) from error
+    values, axes = seen[0], 4 if isinstance(layer, nn.Conv2d) else 2
+    if values.ndim != axes:
+        raise GrowthError(
+            f"'{after}' puts out {tuple(values.shape)}, and BatchNorm would not"
+            f" normalise its units there, but in {axes} axes, the second the units;"
+            " leave out statistics."
+        )
+    if not values.isfinite().all():
+        raise GrowthError(
+            f"'{after}' puts out numbers that are not finite for the batch given as"
+            " statistics; give another."
+        )
+    return values
 
 
-def _resize(
-    module: nn.Module, attributes: tuple[str, ...], units: int, width: int
+def _count(inputs: Examples) -> int | None:
+    """How many inputs a call of the network gets; None where there are no examples."""
+    return None if inputs is None else len(_as_tuple(inputs))
+
+
+def _as_tuple(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    several = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    tensors = [isinstance(each, Tensor) and each.numel() for each in several]
+    if not several or not all(tensors):
+        raise GrowthError(
+            "the example inputs must be a tensor or a tuple of tensors, as forward"
+            " takes them, and not empty."
+        )
+    return several
+
+
+def check_answers(
+    model: nn.Module, grown: nn.Module, inputs: Tensor | Sequence[Tensor]
 ) -> None:
-    """Make a module's record of its sizes fit its new tensors."""
-    for name in attributes:
-        if hasattr(module, name):
-            setattr(module, name, getattr(module, name) // units * width)
-    if hasattr(module, "normalized_shape"):
-        module.normalized_shape = (
-            module.normalized_shape[0] // units * width,
-            *module.normalized_shape[1:],
+    """Make sure that two networks give the same answers in eval mode: to within 100
+    roundings of the weights' dtype, relative to the answers' size.
+
+    Both compute in float64 if the model can, so that little but the weights' own
+    rounding is left to tell them apart.
+
+    Raises:
+        GrowthError: where they do not, with the relative change, or do not run.
+    """
+    doubled = True
+    try:
+        before = _answers(model, inputs, doubled)
+    except Exception:  # made for one dtype, or on a device without float64
+        doubled = False
+        before = _tried("network", model, inputs, doubled)
+    after = _tried("grown network", grown, inputs, doubled)
+    if [each.shape for each in before] != [each.shape for each in after] or not before:
+        raise GrowthError(
+            "the grown network's answers to these inputs have other shapes, or none;"
+            " it does not keep the function."
+        )
+    floats = [
+        each
+        for each in model.parameters()
+        if each.dtype.is_floating_point or each.is_complex()
+    ]
+    rounding = max((torch.finfo(each.dtype).eps for each in floats), default=2.0**-52)
+    change = max(map(_change, before, after))
+    if not change <= min(100 * rounding + 1e-12, 0.05):
+        raise GrowthError(
+            f"the grown network's answers to these inputs differ by {change:.1e} of"
+            " their size, more than rounding does; something in forward does not treat"
+            " the units one by one."
         )
 
 
-LIKE_GRADIENT = {
-    "momentum_buffer",
-    "exp_avg",
-}  # what optimisers keep that scales as the gradient does
-LIKE_SQUARE = {"exp_avg_sq", "max_exp_avg_sq"}  # and as its square
+@torch.no_grad()
+def _answers(
+    model: nn.Module, inputs: Tensor | Sequence[Tensor], doubled: bool
+) -> list[Tensor]:
+    """All tensors of the network's answer, in eval mode, whatever holds them."""
+    network, inputs = (
+        copy_of(model).eval(),
+        [each.clone() for each in _as_tuple(inputs)],
+    )
+    if doubled:
+        network = network.double()
+        inputs = [
+            each.double() if each.is_floating_point() else each for each in inputs
+        ]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        answers = network(*inputs)
+    return [each for each in tree_leaves(answers) if isinstance(each, Tensor)]
+
+
+def _tried(
+    name: str, model: nn.Module, inputs: Tensor | Sequence[Tensor], doubled: bool
+) -> list[Tensor]:
+    try:
+        return _answers(model, inputs, doubled)
+    except Exception as error:  # a network may fail in any way
+        raise GrowthError(
+            f"the {name} does not run on the example inputs ({reason(error)})."
+        ) from error
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """How far two answers are apart, relative to the first's size; 0 if both are 0."""
+    if before.dtype != after.dtype:
+        return math.inf
+    before, after = (
+        each if each.is_floating_point() or each.is_complex() else each.double()
+        for each in (before, after)
+    )
+    apart = torch.where(before == after, 0, after - before).norm().item()
+    size = before[before.isfinite()].norm().item()
+    return apart / size if size else (math.inf if apart else 0.0)
+
+
+# what optimisers keep that scales as the gradient does, and as its square
+LIKE_GRADIENT = {"momentum_buffer", "exp_avg"}
+LIKE_SQUARE = {"exp_avg_sq", "max_exp_avg_sq"}
 
 
 def carry_over(
@@ -398,59 +576,66 @@ def carry_over(
             controls.
 
     Raises:
-        GrowthError: for a parameter that is not the model's, or a memory this rule does
-            not know.
+        GrowthError: for a parameter that is not the model's or not in the grown
+            network, or a memory this rule does not know.
     """
-    old, axes = dict(model.named_parameters()), plan.axes(model) if plan else {}
+    old, new = dict(model.named_parameters()), dict(grown.named_parameters())
     names = {id(parameter): name for name, parameter in old.items()}
     groups = [
-        {**group, "params": [names.get(id(p)) for p in group["params"]]}
+        [names.get(id(parameter)) for parameter in group["params"]]
         for group in optimizer.param_groups
     ]
-    if any(None in group["params"] for group in groups):
+    if not {name for group in groups for name in group} <= new.keys():
         raise GrowthError(
-            "the optimiser holds parameters that are not the model's; give the network"
-            " it was made for."
+            "the optimiser holds parameters that are not the model's, or that the grown"
+            " network does not have; give the network it was made for, and its child."
         )
-    groups[0]["params"] += [
-        name for name, _ in grown.named_parameters() if name not in old
-    ]
-    new = dict(grown.named_parameters())
+    groups[0] += [name for name in new if name not in old]
     larger = type(optimizer)(
         [
-            {**group, "params": [new[name] for name in group["params"]]}
-            for group in groups
+            _group(settings, {name: new[name] for name in group})
+            for settings, group in zip(optimizer.param_groups, groups, strict=True)
         ]
     )
+    axes = plan.axes(model) if plan else {}
     for parameter, memory in optimizer.state.items():
         name = names[id(parameter)]
-        if name not in axes and new[name].shape != parameter.shape:
-            continue
-        larger.state[new[name]] = {
-            key: _grown(key, value, axes.get(name), plan)
-            for key, value in memory.items()
-        }
+        if name in axes or new[name].shape == parameter.shape:
+            larger.state[new[name]] = {
+                key: _grown(key, value, parameter, axes.get(name), plan)
+                for key, value in memory.items()
+            }
     return larger
 
 
+def _group(settings: dict, parameters: dict[str, nn.Parameter]) -> dict:
+    """A parameter group with an old one's settings, with names if that had them."""
+    kept = {key: value for key, value in settings.items() if key != "param_names"}
+    named = "param_names" in settings
+    return {**kept, "params": [*(parameters.items() if named else parameters.values())]}
+
+
 def _grown(
-    key: str, value: Tensor | None, axis: int | None, plan: Widening | None
-) -> Tensor | None:
+    key: str,
+    value: object,
+    parameter: Tensor,
+    axis: int | None,
+    plan: Widening | None,
+) -> object:
     """One entry of an optimiser's memory, mapped as the gradient or its square."""
-    if not isinstance(value, Tensor):
+    if value is None or isinstance(value, int | float):
         return value
-    if axis is None or plan is None or value.ndim == 0:
+    whole = isinstance(value, Tensor) and value.shape == parameter.shape
+    if isinstance(value, Tensor) and (value.ndim == 0 or (whole and axis is None)):
         return value.clone()
-    if key not in LIKE_GRADIENT | LIKE_SQUARE:
+    if not whole or key not in LIKE_GRADIENT | LIKE_SQUARE:
         raise GrowthError(
             f"it is not known how '{key}' of this optimiser grows; use SGD, Adam or"
             " AdamW."
         )
-    return (
-        plan.gradient(value, axis)
-        if key in LIKE_GRADIENT
-        else plan.gradient(value.sqrt(), axis).square()
-    )
+    if key in LIKE_GRADIENT:
+        return plan.gradient(value, axis)
+    return plan.gradient(value.sqrt(), axis).square()
 
 
 def pad(
@@ -468,22 +653,25 @@ def pad(
     plan, random = Widening.of(model, layer, width), torch.Generator().manual_seed(seed)
 
     def change(name: str, old: Tensor, axis: int) -> Tensor:
-        owner, shape = name.rpartition(".")[0], plan.weight(old, axis).shape
-        if (
-            owner in plan.wiring.per_unit
-        ):  # BatchNorm's weight and variance start at 1, its bias and mean at 0
-            new = torch.full(shape, float(name.endswith(("weight", "running_var")))).to(
-                old
-            )
+        owner, _, key = name.rpartition(".")
+        shape, module = plan.weight(old, axis).shape, model.get_submodule(owner)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fan_in = plan.weight(module.weight, axis)[0].numel()
+            new = _ordinary(shape, fan_in, random).to(old)
+            new *= outgoing if axis == 1 else 1.0
         else:
-            fan_in = plan.weight(model.get_submodule(owner).weight, axis)[0].numel()
-            new = _ordinary(shape, fan_in, random).to(old) * (
-                outgoing if axis == 1 else 1.0
-            )
+            new = old.new_full(shape, _start(module, key))
         new.narrow(axis, 0, old.shape[axis]).copy_(old)
         return new
 
     return plan.grow(model, change)
+
+
+def _start(module: nn.Module, key: str) -> float:
+    """What a norm's or PReLU's tensor is full of at first."""
+    if isinstance(module, nn.PReLU):
+        return module.init
+    return float(key in ("weight", "running_var"))
 
 
 def insert_random(

@@ -3,6 +3,7 @@ optimisers follow the stated rule.
 """
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 from minisupernet.course.records import fingerprint
 from minisupernet.course.studies.growing import Growing, Settings, conv_net
@@ -25,6 +27,7 @@ from minisupernet.errors import GrowthError
 from minisupernet.net2net import (
     Widening,
     carry_over,
+    check_answers,
     copy_units,
     deepen,
     insert_random,
@@ -174,6 +177,25 @@ class Plain(nn.Module):
         return self.head(F.dropout(flat, 0.5, self.training))
 
 
+class Written(nn.Module):
+    """A network of two linear layers, or of given parts, with a forward of its own."""
+
+    def __init__(self, call: Callable[..., object], **parts: object) -> None:
+        super().__init__()
+        self.one, self.two, self.call = nn.Linear(4, 6), nn.Linear(6, 2), call
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> object:
+        return self.call(self, x)
+
+
+def images(call: Callable[..., object], **parts: object) -> Written:
+    """The same of two convolutions, 3 channels to 4 to 2."""
+    one, two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+    return Written(call, **{"one": one, "two": two, **parts})
+
+
 class TwoBranches(nn.Module):
     """A residual block between a stem and a head; `inner` has two readers, and only it
     can be widened alone.
@@ -295,6 +317,120 @@ def test_layers_that_keep_numbers_for_each_unit(norm):
     assert change(model, widen(model, "0", 10), 3, 8, 8) <= 1e-5
 
 
+def depthwise(channels: int, times: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels)
+
+
+FOLLOWED = {
+    "mean that keeps axes": images(
+        lambda net, x: net.two(net.one(x).mean((2, 3), True))
+    ),
+    "means one by one": images(
+        lambda net, x: net.head(net.one(x).mean(3).amax(-1)), head=nn.Linear(4, 3)
+    ),
+    "pixels in a row": images(
+        lambda net, x: net.head(net.one(x).flatten(2).mean(-1)), head=nn.Linear(4, 3)
+    ),
+    "a gate of its own": images(
+        lambda net, x: net.two((h := net.one(x)) * F.adaptive_avg_pool2d(h, 1))
+    ),
+    "leaky by hand": images(
+        lambda net, x: net.two(torch.where((h := net.one(x)) > 0, h, 0.1 * h))
+    ),
+    "in place": images(lambda net, x: net.two(F.relu(net.one(x), inplace=True).neg_())),
+    "a number": images(
+        lambda net, x: net.two(net.one(x) * net.scale),
+        scale=nn.Parameter(torch.rand(1)),
+    ),
+    "sizes asked": images(
+        lambda net, x: net.two(h := net.one(x)) / h.size(-1) + h.shape[0] + h.dim()
+    ),
+    "depthwise": images(lambda net, x: net.two(net.per(net.one(x))), per=depthwise(4)),
+    "depthwise, three for one": images(
+        lambda net, x: net.head(net.per(net.norm(net.deep(net.one(x)))).flatten(1)),
+        deep=depthwise(4, 3),
+        norm=nn.BatchNorm2d(12),
+        per=depthwise(12, 2),
+        head=nn.Linear(24 * 36, 3),
+    ),
+    "named inputs": Written(
+        lambda net, x: net.two(input=F.relu(input=net.one(input=x)))
+    ),
+    "tokens": Written(lambda net, x: net.two(net.one(x[:, None]).relu().mean(-2))),
+    "a head for training": Written(
+        lambda net, x: net.two(h := net.one(x)) + (net.side(h) if net.training else 0),
+        side=nn.Linear(6, 2),
+    ),
+    "a norm computed elsewhere": nn.Sequential(
+        *(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(5, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_treats_each_unit_by_itself_is_followed(case, training):
+    model = copy.deepcopy(FOLLOWED[case]).double().train(training)
+    layer = "one" if isinstance(model, Written) else "0"
+    images = isinstance(model.get_submodule(layer), nn.Conv2d)
+    x = torch.randn(5, *((3, 6, 6) if images else (4,))).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        grown = widen(model, layer, 11, split="asymmetric", inputs=x)
+        after, before = grown(x.clone()), model(x.clone())
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-12)
+
+
+class Optional(nn.Module):
+    """What it does hangs on arguments that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, kind: str = "plain"):
+        h = torch.relu(self.one(x))
+        if gate is not None:
+            return self.two(h) * h.sum(1, keepdim=True) * gate
+        return self.two(h if kind == "plain" else h.softmax(1))
+
+
+def test_the_call_that_is_made_is_read():
+    """With its required arguments, or with as many as there are examples."""
+    model, x = Optional(), torch.randn(5, 4)
+    torch.testing.assert_close(widen(model, "one", 9, inputs=x)(x), model(x))
+    with pytest.raises(GrowthError, match="'sum' after layer 'one' is not known to"):
+        widen(model, "one", 9, inputs=(x, torch.ones(5, 1)))
+    several = Written(None)
+    several.forward = lambda *given: None  # an instance's own forward is what is called
+    with pytest.raises(GrowthError, match="is called 0 times"):
+        widen(several, "one", 9)
+
+
+def test_inverted_residuals_of_mobilenet_widen_inside_and_deepen():
+    block = InvertedResidual(4, 4, 1, 3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), block, nn.Flatten(), nn.Linear(4 * 100, 3)
+    )
+    model = lived(model, 3, 12, 12)
+    plan = Widening.of(model, "1.conv.0.0", 17)
+    assert plan.wiring.per_unit == ("1.conv.0.1", "1.conv.1.0", "1.conv.1.1")
+    assert plan.wiring.readers == ("1.conv.2",)
+    grown = widen(model, "1.conv.0.0", 17)
+    layer = grown[1].conv[1][0]
+    assert (layer.in_channels, layer.out_channels, layer.groups) == (17, 17, 17)
+    assert change(model, grown, 3, 12, 12) <= 1e-5
+    deeper = deepen(grown, "1.conv.1.2", statistics=torch.randn(4, 3, 12, 12))
+    assert change(model, deeper, 3, 12, 12) <= 1e-5
+    for name, said in {
+        "1.conv.1.0": "a group for each channel, so its channels are those of",
+        "1.conv.2": "meets another branch in 'add', as in a residual addition",
+    }.items():
+        with pytest.raises(GrowthError, match=said):
+            widen(model, name, 20)
+
+
 def test_relu6_is_idempotent_and_a_layer_that_keeps_its_width_too():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU6(), nn.Linear(5, 2))
     assert change(model, deepen(model, "1"), 6) <= 1e-5
@@ -316,6 +452,24 @@ class Branching(nn.Module):
         return self.layer(x) if x.sum() > 0 else x
 
 
+class Defaulting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, **more: object) -> Tensor:
+        h = self.one(x)
+        if gate is None and more.get("gate") is None:
+            return self.two(h) + h.sum(1, keepdim=True)
+        return self.two(h)
+
+
+@torch.fx.wrap
+def tanh(x: Tensor) -> Tensor:
+    """Has torch's name, and mixes units."""
+    return x.softmax(1)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -330,10 +484,80 @@ class Tied(nn.Module):
         return self.three(self.two(self.one(x)))
 
 
+def with_hook(place: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.ReLU()), nn.Linear(6, 2))
+    model.get_submodule(place).register_forward_hook(lambda module, given, out: 2 * out)
+    return model
+
+
+def with_a_mask() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    model[0].register_buffer("mask", torch.ones(6, 4))
+    return model
+
+
+class Transposed(nn.Module):
+    """A parametrisation that ties a weight to that of a layer it hides in a list."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.hidden = [layer]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.hidden[0].weight.T
+
+
+def secretly_tied() -> nn.Module:
+    layers = [nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 4)]
+    model = nn.Sequential(*layers)
+    nn.utils.parametrize.register_parametrization(
+        model[3], "weight", Transposed(model[0])
+    )
+    return model
+
+
+class Counting(nn.Module):
+    """A network that goes another way when forward is asked what its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x)
+        return self.two(h.softmax(1) if isinstance(x, Tensor) else h)
+
+
 def weight_normed() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
 
 
+RESHAPES = [
+    lambda net, x: net.head(net.one(x).view(-1, 4)),
+    lambda net, x: net.head(net.one(x).view(2, -1)),
+    lambda net, x: net.head(net.one(x).view(x.size(0), -1)),
+    lambda net, x: net.head(net.one(x).view(net.two.weight.size(0), -1)),
+    lambda net, x: net.head(net.one(x).flatten()),
+    lambda net, x: net.head(net.one(x).flatten(0, 1)),
+    lambda net, x: net.head(net.one(x).mean(3).flatten(1).flatten(0)),
+]
+UNKNOWN = [
+    lambda net, x: net.two(net.one(x).softmax(1)),
+    lambda net, x: net.two(F.normalize(net.one(x))),
+    lambda net, x: net.two(net.one(x).mean()),
+    lambda net, x: net.two(net.one(x).sum(-1, True)),
+    lambda net, x: net.two(net.one(x).mean(axis=0)),
+    lambda net, x: net.two(torch.mean(net.one(x), dim=1)),
+    lambda net, x: net.two(net.one(x)[:, :6]),
+    lambda net, x: net.two(net.one(x).chunk(2, 1)[0]),
+    lambda net, x: net.two(net.one(x).T),
+    lambda net, x: net.two(net.one(x).permute(1, 0)),
+    lambda net, x: net.two(net.one(x) @ net.two.weight.T),
+    lambda net, x: net.two(F.layer_norm(net.one(x), (6,))),
+    lambda net, x: net.two(F.relu(net.one(x).cumsum(1))),
+    lambda net, x: net.two((h := net.one(x)) + torch.randn_like(h)),
+    lambda net, x: net.two(tanh(net.one(x))),
+]
 REFUSED = {
     "no such layer": (
         nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)),
@@ -389,7 +613,7 @@ REFUSED = {
     "computed": (
         nn.Sequential(nn.Linear(2, 3), weight_normed(), nn.Linear(4, 2)),
         "0",
-        "not known to treat",
+        "a weight of layer '1' is computed from others",
     ),
     "computed by a hook": (
         nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 2)),
@@ -401,6 +625,148 @@ REFUSED = {
         "layer",
         "cannot be traced by torch.fx .*; take branches",
     ),
+    "read by the output": (
+        Written(lambda net, x: {"answer": net.two(h := net.one(x)), "inner": [h]}),
+        "one",
+        "leaves the network",
+    ),
+    "default": (
+        Defaulting(),
+        "one",
+        "'sum' after layer 'one' is not known to leave out the units",
+    ),
+    "tied decoder": (
+        Written(lambda net, x: torch.tanh(net.two(net.one(x)) @ net.two.weight)),
+        "one",
+        "'two.weight', .* is also read elsewhere .* shares its weights",
+    ),
+    "weight elsewhere": (
+        Written(lambda net, x: net.two(net.one(x)) + F.linear(x, net.one.weight).sum()),
+        "one",
+        "'one.weight', .* is also read elsewhere",
+    ),
+    "buffer elsewhere": (
+        Written(
+            lambda net, x: net.two(net.norm(net.one(x))) * net.norm.running_var.mean(),
+            norm=nn.BatchNorm1d(6),
+        ),
+        "one",
+        "'norm.running_var', .* is also read elsewhere",
+    ),
+    "size elsewhere": (
+        Written(lambda net, x: net.two(net.one(x)) / net.one.out_features),
+        "one",
+        "would take other steps .* a look at out_features",
+    ),
+    "numbers made of weights": (
+        Written(
+            lambda net, x: net.two(net.one(x)) + sum(p.sum() for p in net.parameters())
+        ),
+        "one",
+        "would take other steps",
+    ),
+    "secretly tied": (secretly_tied(), "0", "what Transposed does inside '3'"),
+    "hook on a layer": (with_hook("0"), "0", "'0' has forward hooks, .* remove them"),
+    "hook on a block": (with_hook("1"), "0", "'1' has forward hooks"),
+    "hook on all": (with_hook(""), "0", "the network has forward hooks"),
+    "what else a layer holds": (with_a_mask(), "0", "holds more than a Linear does"),
+    "type asked": (Counting(), "one", "forward asks what type a value is"),
+    "lazy": (
+        nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(2)),
+        "0",
+        "sizes are not known yet; run it on one batch",
+    ),
+    "of another kind": (
+        nn.Sequential(nn.Conv1d(3, 4, 1), nn.Conv1d(4, 2, 1)),
+        "0",
+        "is Conv1d; only",
+    ),
+    "read by another kind": (
+        nn.Sequential(nn.Linear(5, 4), nn.Conv1d(4, 2, 1)),
+        "0",
+        "'1' .Conv1d. .* is not known",
+    ),
+    "pooled units": (
+        nn.Sequential(nn.Linear(4, 6), nn.AvgPool2d((1, 3)), nn.Linear(2, 2)),
+        "0",
+        "'1' .AvgPool2d. pools over the units",
+    ),
+    "pooled tokens": (
+        Written(lambda net, x: net.two(F.max_pool1d(net.one(x), 1))),
+        "one",
+        "is not known to treat each unit",
+    ),
+    "norm on the wrong axis": (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm2d(6), nn.Linear(6, 2)),
+        "0",
+        "as blocks of its inputs",
+    ),
+    "norm of tokens": (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(7), nn.Linear(6, 2)),
+        "0",
+        "as blocks of its inputs",
+    ),
+    "another branch's gate": (
+        images(
+            lambda net, x: net.two(net.one(x) * net.gate(x)), gate=nn.Conv2d(3, 1, 1)
+        ),
+        "one",
+        "meets another branch in 'mul'",
+    ),
+    "a scale for each unit": (
+        Written(
+            lambda net, x: net.two(net.one(x) * net.scale),
+            scale=nn.Parameter(torch.ones(6)),
+        ),
+        "one",
+        "meets another branch in 'mul'",
+    ),
+    "in another shape": (
+        images(lambda net, x: net.two((h := net.one(x)) + h.mean((2, 3)))),
+        "one",
+        "meets another branch in 'add'",
+    ),
+    "number of units asked": (
+        Written(lambda net, x: net.two((h := net.one(x)) / h.shape[-1])),
+        "one",
+        "asks for the number of units",
+    ),
+    "random in eval mode": (
+        Written(lambda net, x: net.two(F.dropout(net.one(x), 0.5))),
+        "one",
+        "is random in eval mode too; give it training=self.training",
+    ),
+    "in eval mode only": (
+        Written(
+            lambda net, x: net.two(net.one(x) if net.training else x.new_ones(1, 6))
+        ),
+        "one",
+        "is called 0 times in a forward pass in eval mode",
+    ),
+    "another reader in training": (
+        Written(
+            lambda net, x: (
+                net.two(net.one(x))
+                if net.training
+                else net.three(net.one(x)) + net.two(x @ x.new_ones(4, 6))
+            ),
+            three=nn.Linear(6, 2),
+        ),
+        "one",
+        "'two', which changes with layer 'one', is also read elsewhere",
+    ),
+    **{
+        f"reshape {place}": (
+            images(call, head=nn.Linear(4, 3)),
+            "one",
+            "use flatten.1.",
+        )
+        for place, call in enumerate(RESHAPES)
+    },
+    **{
+        f"unknown {place}": (Written(call), "one", "is not known to")
+        for place, call in enumerate(UNKNOWN)
+    },
     "image read as rows": (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(6, 2)),
         "0",
@@ -426,6 +792,25 @@ def test_widening_is_refused_with_the_reason(case):
         widen(model, layer, 8)
     with pytest.raises(GrowthError, match=said):
         pad(model, layer, 8)
+
+
+def test_wrong_settings_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(GrowthError, match="a whole number of units, not 6.0"):
+        widen(model, "0", 6.0)
+    for noise in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(GrowthError, match="noise of .* cannot be drawn"):
+            widen(model, "0", 6, noise=noise)
+    one = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    with pytest.raises(GrowthError, match="and two weights or more"):
+        widen(one, "0", 2, noise=0.1)
+
+
+def test_a_group_norm_gets_only_widths_that_its_groups_divide():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 3))
+    with pytest.raises(GrowthError, match="9 channels cannot be divided into the 2"):
+        widen(model, "0", 9, regardless=True)
+    assert widen(model, "0", 10, regardless=True)[1].num_channels == 10
 
 
 def test_wrong_widths_and_splits_are_refused():
@@ -481,6 +866,173 @@ def test_deepening_behind_another_activation_is_refused_and_would_break_the_func
 def test_deepening_in_a_wrong_place_is_refused(model, after, said):
     with pytest.raises(GrowthError, match=said):
         deepen(model, after)
+
+
+class Acting(nn.Module):
+    """Two convolutions of an image, 1 channel and 5, and one activation."""
+
+    def __init__(self, call: Callable[..., Tensor], act: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.conv = nn.Conv2d(3, 1, 3), nn.Conv2d(3, 5, 3)
+        self.act, self.call = act, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, x: net.act(torch.sigmoid(net.gate(x)) * net.conv(x)),
+        lambda net, x: net.act(net.conv(x) + net.gate(x)),
+        lambda net, x: net.act(F.max_pool2d(net.conv(x), 2) * 0.5),
+    ],
+)
+def test_where_branches_meet_the_new_layer_has_the_units_of_both(call):
+    model = Acting(call, nn.ReLU())
+    x = torch.randn(4, 3, 8, 8)
+    grown = deepen(model, "act", statistics=x, inputs=x)
+    assert grown.act[1].in_channels == 5 and change(model, grown, 3, 8, 8) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda net, x: net.act(net.conv(x) * x.mean()), "found no Linear or Conv2d"),
+        (lambda net, x: net.act(net.conv(x).flatten(1)), "found no Linear or Conv2d"),
+        (lambda net, x: net.act(net.conv(x).softmax(1)), "found no Linear or Conv2d"),
+        (lambda net, x: net.act(h := net.conv(x)).add_(1) + h, "read after it; make"),
+        (
+            lambda net, x: (
+                F.relu(net.conv(x)) if net.training else net.act(net.conv(x))
+            ),
+            "is called 0 times in a forward pass in training mode",
+        ),
+        (
+            lambda net, x: (
+                net.act(net.conv(x)) * (1 if isinstance(net.act, nn.ReLU) else 2)
+            ),
+            "would take other steps .* at a module's type",
+        ),
+        (lambda net, x: net.act(net.conv(x)) * net.act.inplace, "cannot be traced"),
+    ],
+)
+def test_a_layer_that_would_not_do_nothing_is_refused(call, said):
+    with pytest.raises(GrowthError, match=said):
+        deepen(Acting(call, nn.ReLU(inplace=True)), "act")
+
+
+def test_an_activation_with_two_names_is_replaced_under_both():
+    model = Acting(lambda net, x: net.other(net.conv(x)), nn.ReLU())
+    model.other = model.act
+    for name in ("act", "other"):
+        grown = deepen(model, name)
+        assert grown.act is grown.other and len(grown.act) == 3
+        assert change(model, grown, 3, 8, 8) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (
+            torch.randn(8, 6, 4),
+            r"puts out \(8, 6, 5\), and BatchNorm would not normalise",
+        ),
+        (torch.randn(8, 3), "does not run on the batch given as statistics"),
+        (torch.full((8, 4), torch.nan), "numbers that are not finite"),
+    ],
+)
+def test_statistics_that_batch_norm_cannot_undo_are_refused(batch, said):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    with pytest.raises(GrowthError, match=said):
+        deepen(model, "1", statistics=batch)
+    tokens = torch.randn(8, 6, 4)
+    torch.testing.assert_close(deepen(model, "1", inputs=tokens)(tokens), model(tokens))
+
+
+# Examples are the check: what reading misses, the answers show.
+
+
+def tensor(x: object) -> bool:
+    return type(x) is Tensor
+
+
+MISSED = {
+    "norm of as many tokens as units": (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)),
+        torch.randn(8, 6, 4),
+        "the grown network does not run on the example inputs",
+    ),
+    "an image without a batch": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)),
+        torch.randn(3, 8, 8),
+        "the grown network does not run on the example inputs",
+    ),
+    "a look at the type": (
+        Written(
+            lambda net, x: net.two(net.one(x).softmax(1) if tensor(x) else net.one(x))
+        ),
+        torch.randn(8, 4),
+        r"answers to these inputs differ by \d\.\de[+-]\d\d of their size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+def test_what_reading_misses_examples_show(case):
+    model, x, said = MISSED[case]
+    with pytest.raises(GrowthError, match=said):
+        widen(model, "0" if isinstance(model, nn.Sequential) else "one", 12, inputs=x)
+
+
+@pytest.mark.parametrize(
+    "inputs", [3, (), [torch.ones(2, 3), 1], torch.ones(0, 3), torch.ones(2, 3).numpy()]
+)
+def test_examples_that_are_none_are_refused(inputs):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    for grow in (lambda: widen(model, "0", 5, inputs=inputs),) * 2:
+        with pytest.raises(GrowthError, match="must be a tensor or a tuple of tensors"):
+            grow()
+    with pytest.raises(GrowthError, match="network does not run on the example"):
+        deepen(model, "1", inputs=torch.ones(2, 7))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.half, torch.complex64]
+)
+def test_answers_agree_within_the_rounding_of_the_dtype(dtype):
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(6, 50),
+        nn.Tanh(),
+        nn.Linear(50, 40),
+        nn.Tanh(),
+        nn.Linear(40, 3),
+    ]
+    model, x = nn.Sequential(*layers).to(dtype), torch.randn(9, 6).to(dtype)
+    for split in SPLITS:
+        assert len(widen(model, "2", 97, split=split, inputs=x)[2].weight) == 97
+    with torch.no_grad():
+        model[4].weight.zero_(), model[4].bias.zero_()
+    widen(model, "2", 97, inputs=x)  # answers of 0 stay 0
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[4].bias[0] = 1e-3
+    with pytest.raises(GrowthError, match="differ by inf of their size"):
+        check_answers(model, wrong, x)
+
+
+def test_answers_of_any_form_are_compared():
+    both = lambda net, x: {"a": (net.two(net.one(x)), 3), "b": [x.argmax(1)]}  # noqa: E731
+    model, x = Written(both), torch.randn(4, 4)
+    check_answers(model, widen(model, "one", 9), x)
+    other = widen(model, "one", 9)
+    other.call = lambda net, x: {"a": (net.two(net.one(x)), 3), "b": [x.argmin(1)]}
+    with pytest.raises(GrowthError, match="differ by"):
+        check_answers(model, other, x)
+    other.call = lambda net, x: net.two(net.one(x))
+    with pytest.raises(GrowthError, match="other shapes, or none"):
+        check_answers(model, other, x)
 
 
 @pytest.mark.parametrize("kernel", [2, 0, -1])
@@ -556,6 +1108,50 @@ def test_the_model_given_is_untouched_and_seeds_repeat():
     assert not any(
         module.training for module in deepen(model.eval(), "2", statistics=x).modules()
     )
+
+
+def test_nothing_that_is_given_is_touched():
+    """Neither what a model keeps from its last call, nor its hooks, mode and count, nor
+    the random numbers of the process.
+    """
+    model = Written(keep, last=None, calls=0, inner=nn.Sequential(nn.ReLU()))
+    model(torch.randn(3, 4))
+    model.inner.eval()
+    kept, x, random = model.last, torch.randn(3, 4), torch.get_rng_state()
+    grown = widen(model, "one", 9, inputs=x)
+    deepen(model, "inner.0", statistics=x, inputs=x)
+    insert_random(model, "inner.0", batch_norm=True), pad(model, "one", 7)
+    assert model.last is kept and type(kept) is Tensor and model.calls == 1
+    assert model.training and not model.inner.training and grown.training
+    assert torch.equal(random, torch.get_rng_state())
+    assert vars(model.one).keys() == vars(nn.Linear(1, 1)).keys()
+
+
+def keep(net: Written, x: Tensor) -> Tensor:
+    net.calls += 1
+    net.last = net.inner(net.one(x))
+    return net.two(net.last)
+
+
+def test_a_layer_may_be_named_by_any_of_its_names():
+    model = Written(lambda net, x: net.two(net.alias(x)), alias=None)
+    model.alias = model.one
+    optimizer = torch.optim.Adam(model.parameters())
+    F.cross_entropy(model(torch.randn(4, 4)), torch.arange(4) % 2).backward()
+    optimizer.step()
+    plan, grown = Widening.of(model, "alias", 9), widen(model, "alias", 9)
+    assert plan.wiring.layer == "one" and grown.alias is grown.one
+    assert len(carry_over(optimizer, model, grown, plan).state) == 4
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    class Fixed(nn.Identity):
+        def __deepcopy__(self, memo: dict) -> None:
+            raise TypeError("there is one of me")
+
+    model = nn.Sequential(nn.Linear(3, 4), Fixed(), nn.Linear(4, 2))
+    with pytest.raises(GrowthError, match="cannot be copied .there is one of me."):
+        widen(model, "0", 5)
 
 
 def test_padding_leaves_old_weights_alone_and_starts_new_ones_at_ordinary_scale():
@@ -671,6 +1267,30 @@ def test_the_memory_that_is_carried_over_is_what_the_grown_network_would_have_ha
             )
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_memory_of_depthwise_layers_is_carried_over_too(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 1), depthwise(4, 2), nn.BatchNorm2d(8), nn.ReLU6()),
+        *(nn.Conv2d(8, 3, 3), nn.Flatten(), nn.Linear(300, 3)),
+    ).double()
+    options = {"split": "asymmetric", "seed": 1}
+    plan, grown = Widening.of(model, "0", 7, **options), widen(model, "0", 7, **options)
+    first, own = (OPTIMIZERS[name](each.parameters()) for each in (model, grown))
+    for group in (*first.param_groups, *own.param_groups):
+        group["lr"] = 0.0
+    for _ in range(3):
+        gradients(model), first.step()
+        gradients(grown), own.step()
+    carried = carry_over(first, model, grown, plan)
+    assert len(own.state) == len(carried.state) == 10
+    for parameter, memory in own.state.items():
+        for key, value in memory.items():
+            torch.testing.assert_close(
+                carried.state[parameter][key], value, rtol=1e-6, atol=1e-12
+            )
+
+
 def test_new_layers_join_the_first_group_without_memory():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     groups = [
@@ -702,6 +1322,33 @@ def test_a_memory_that_is_not_known_is_refused():
         GrowthError, match="it is not known how 'prev' of this optimiser grows"
     ):
         carry_over(optimizer, model, widen(model, "0", 7), Widening.of(model, "0", 7))
+
+
+def test_a_memory_that_belongs_to_all_parameters_is_refused():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(torch.ones(4, 6)), torch.arange(4) % 3)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(GrowthError, match="it is not known how .* grows"):
+        carry_over(optimizer, model, deepen(model, "1"))
+
+
+def test_named_parameters_stay_named_and_lost_ones_are_refused():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    carried = carry_over(optimizer, model, deepen(model, "1"))
+    names = ["0.weight", "0.bias", "2.weight", "2.bias", "1.1.weight", "1.1.bias"]
+    assert carried.param_groups[0]["param_names"] == names
+    model[1] = nn.PReLU()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(GrowthError, match="that the grown network does not have"):
+        carry_over(optimizer, model, deepen(model, "1", regardless=True))
 
 
 @pytest.mark.parametrize(
