@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from minisupernet.classification import accuracy
 from minisupernet.data import ImageSet, augment, normalise
+from minisupernet.data.images import held_back
 from minisupernet.net2net import Widening, carry_over
 from minisupernet.seeds import step_generator
 from minisupernet.training import train
@@ -106,10 +107,8 @@ class Growing:
         order = torch.randperm(
             len(images.train_labels), generator=step_generator(0, -1)
         ).to(images.device)
-        self.held_out, self.used = (
-            order[: settings.validation],
-            order[settings.validation :],
-        )
+        kept = held_back(len(order), settings.validation)
+        self.held_out, self.used = order.tensor_split([kept])
         self.shown = torch.randperm(
             len(images.test_labels), generator=step_generator(0, -2)
         ).to(images.device)

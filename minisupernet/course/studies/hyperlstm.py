@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from minisupernet.classification import accuracy
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.data import ImageSet, augment, normalise
+from minisupernet.data.images import held_back
 from minisupernet.data.text import (
     CharacterModel,
     Text,
@@ -181,7 +182,7 @@ def image_task(images: ImageSet, settings: Settings) -> Task:
     order = torch.randperm(
         len(images.train_labels), generator=torch.Generator().manual_seed(0)
     ).to(images.device)
-    kept, held_back = order[settings.held_back :], order[: settings.held_back]
+    aside, kept = order.tensor_split([held_back(len(order), settings.held_back)])
 
     def prepare(pictures: Tensor) -> Tensor:
         return normalise(pictures, images.mean, images.std)
@@ -206,7 +207,7 @@ def image_task(images: ImageSet, settings: Settings) -> Task:
         ),
         loss,
         lambda net: accuracy(
-            net, prepare, images.train_images[held_back], images.train_labels[held_back]
+            net, prepare, images.train_images[aside], images.train_labels[aside]
         ),
         lambda net: accuracy(net, prepare, images.test_images, images.test_labels),
         settings.image_steps,
