@@ -6,7 +6,7 @@ task vector); images, steps and batch order do not.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -92,9 +92,12 @@ def minimise(
     fit: Fit,
     measure: Callable[[], Tensor],
     checkpoint: Path | None = None,
+    run: dict[str, str] | None = None,
 ) -> History:
     """Run the training loop as `fit` says; `measure` gives the validation accuracies of
     a look, one a task.
+
+    `run` is what else tells this run from another that finds its checkpoint.
     """
     return train(
         state,
@@ -105,6 +108,7 @@ def minimise(
         every=fit.every,
         evaluate=lambda: {"validation_accuracy": measure().mean().item()},
         checkpoint=checkpoint,
+        run=run,
     )
 
 
@@ -307,7 +311,8 @@ def train_generator(
         one_hot: give task t the t-th unit vector, as the original does, and learn none.
         watch: the tasks whose validation accuracy is measured, which must be the first
             of `data`'s; None for all.
-        checkpoint: a safetensors file to go on from after a kill.
+        checkpoint: a safetensors file to go on from after a kill, by the same run only:
+            the same images, tasks, target and fit.
 
     Returns:
         The task vectors (T, z_dim) and the History, with the mean validation accuracy.
@@ -343,7 +348,8 @@ def train_generator(
 
     learned = [] if one_hot else list(vectors.parameters())
     optimizer = fit.make_optimizer(list(generator.parameters()), learned)
-    history = minimise(state, optimizer, loss_at, fit, measure, checkpoint)
+    run = _identity(target, data, watch, fit, one_hot) if checkpoint else None
+    history = minimise(state, optimizer, loss_at, fit, measure, checkpoint, run)
     return vectors_of(data).detach(), history
 
 
@@ -369,6 +375,22 @@ def _check_tasks(
         )
     if watch and watch.tasks != tasks.select([*range(len(watch.tasks))]):
         raise FitError("the tasks to watch must be the first of those trained.")
+
+
+def _identity(
+    target: nn.Module, data: TaskImages, watch: TaskImages, fit: Fit, one_hot: bool
+) -> dict[str, str]:
+    """What tells one training of a generator from another, beside its weights."""
+    about = {f"fit.{name}": value for name, value in asdict(fit).items()} | {
+        "images": data.images.checksum(),
+        "images of each class": {n: s.counts.tolist() for n, s in data.splits.items()},
+        "pixels": {"raw": data.raw, **data.augmentation},
+        "tasks": data.tasks,
+        "watched tasks": watch.tasks,
+        "target": target,
+        "one_hot": one_hot,
+    }
+    return {name: str(value) for name, value in about.items()}
 
 
 def fit_z(

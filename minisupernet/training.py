@@ -1,5 +1,5 @@
-"""The one training loop: plain PyTorch, a progress bar, a History, checkpoints, and a
-clear stop on a bad loss.
+"""The one training loop: plain PyTorch, a History, and below it the loop's care: a
+progress bar, checkpoints, and a clear stop on a bad loss.
 
 Randomness in this course is a function of the step: `step_generator(seed, step)` draws
 the batch of that step and nothing else does. Two arms of an experiment with one seed
@@ -10,18 +10,21 @@ the run that was never broken.
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from minisupernet import __version__
 from minisupernet.errors import TrainingError
 from minisupernet.fast.memory import keep_memory
 from minisupernet.files import whole_file
@@ -120,6 +123,7 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None = None,
     every: int = 100,
     checkpoint: str | Path | None = None,
+    run: Mapping[str, str] | None = None,
     mixed: bool | None = None,
     label: str = "training",
 ) -> History:
@@ -133,57 +137,103 @@ def train(
         evaluate: measurements on held-out images; called without gradients every
             `every` steps and at the end.
         checkpoint: safetensors file, written at every look; a run that finds it goes on
-            from there.
+            from there, if it is the same run.
+        run: what else makes this the run it is, such as its seed, tasks and the
+            checksum of its images; kept in the checkpoint and compared.
         mixed: bfloat16 where autocast thinks it safe; None means on CUDA only.
 
     Raises:
-        TrainingError: at the first step whose loss is not a finite number, or for a
-            checkpoint of another run.
+        TrainingError: at the first step whose loss is not a finite number, for a
+            checkpoint of another run, and for steps that are no whole number from 1.
     """
+    _check(steps=steps, every=every)
     device = next(state.parameters()).device
-    autocast = torch.autocast(
-        device.type,
-        torch.bfloat16,
-        enabled=device.type == "cuda" if mixed is None else mixed,
-    )
-    rates = [group["lr"] for group in optimizer.param_groups]
+    mixed = device.type == "cuda" if mixed is None else mixed
+    told = {**(run or {}), "steps": steps, "every": every, "mixed": mixed}
+    told |= {"device": device.type, "schedule": _name(schedule), **_settings(optimizer)}
+    file = _Checkpoint(checkpoint, state, optimizer, told)
+    history = file.resume()
+    start = int(history.last("step")) if history.rows else 0
+    clock = _Clock(history)
     keep_memory()
-    start, history = _resume(checkpoint, state, optimizer, steps)
-    losses, clock = _Losses(start, rates), _Clock(history)
-    quiet = bool(
-        os.environ.get("TQDM_DISABLE")
-    )  # in a notebook tqdm does not look by itself
-    for step in tqdm(
+    with _rates(optimizer) as rates:
+        losses = _Losses(start, rates)
+        for step in _bar(start, steps, label):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * schedule(step / steps)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                loss = loss_at(step)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.add(loss)
+            if (step + 1) % every == 0 or step + 1 == steps:
+                row = {"step": step + 1, "loss": losses.mean()}
+                row["seconds"] = clock.seconds()
+                with torch.no_grad():
+                    history.rows.append(row | (evaluate() if evaluate else {}))
+                file.save(history)
+    return history
+
+
+def _check(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise TrainingError(f"{name} must be a whole number from 1, not {count!r}.")
+
+
+@contextmanager
+def _rates(optimizer: torch.optim.Optimizer) -> Iterator[list[float]]:
+    """The learning rates of the optimiser's groups, which get them back afterwards."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        yield rates
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _bar(start: int, steps: int, label: str) -> tqdm:
+    """The steps, with a line of text as progress bar where somebody sees it move.
+
+    It is gone afterwards. A widget would stay in a saved notebook, dead.
+    """
+    return tqdm(
         range(start, steps),
         initial=start,
         total=steps,
         desc=label,
         leave=False,
-        disable=quiet,
-    ):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step / steps)
-        with autocast:
-            loss = loss_at(step)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.add(loss)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            row = {"step": step + 1, "loss": losses.mean(), "seconds": clock.seconds()}
-            with torch.no_grad():
-                history.rows.append(row | (evaluate() if evaluate else {}))
-            _save(checkpoint, state, optimizer, steps, history)
-    return history
+        file=sys.stdout if _kernel() else sys.stderr,
+        disable=not _watched(),
+    )
+
+
+def _watched() -> bool:
+    """Whether there is a terminal, or a notebook that a person runs.
+
+    A front end with a person takes answers (`input()`); papermill, nbconvert and nbval
+    say that they do not.
+    """
+    if os.environ.get("TQDM_DISABLE"):
+        return False
+    if kernel := _kernel():
+        return getattr(kernel, "_allow_stdin", True)
+    return sys.stderr.isatty()
+
+
+def _kernel() -> object | None:
+    """The kernel of the notebook that this runs in, if any."""
+    shell = sys.modules.get("IPython")
+    return shell and getattr(shell.get_ipython(), "kernel", None)
 
 
 class _Clock:
     """Seconds of this run, those before an interruption included."""
 
     def __init__(self, history: History) -> None:
-        self.start = time.perf_counter() - (
-            history.last("seconds") if history.rows else 0.0
-        )
+        before = history.last("seconds") if history.rows else 0.0
+        self.start = time.perf_counter() - before
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
@@ -195,10 +245,7 @@ class _Losses:
     """
 
     def __init__(self, step: int, rates: list[float]) -> None:
-        self.step, self.rates = (
-            step,
-            rates,
-        )  # step: number of the first loss in `recent`
+        self.step, self.rates = step, rates  # step: that of the first loss in `recent`
         self.recent: list[Tensor] = []
         self.total, self.count = 0.0, 0
 
@@ -226,84 +273,133 @@ class _Losses:
         self.step, self.recent = self.step + len(values), []
 
 
-def _save(
-    path: str | Path | None,
-    state: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    history: History,
-):
-    """Write model, optimiser and random state to `path`, whole or not at all."""
-    if path is None:
-        return
-    tensors = {f"state.{name}": tensor for name, tensor in state.state_dict().items()}
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {
-            f"optimizer.{index}.{key}": torch.as_tensor(v)
-            for key, v in slots.items()
-            if v is not None
-        }
-    tensors["random"] = torch.get_rng_state()
-    notes = {"steps": str(steps), "history": json.dumps(history.rows)}
-    with whole_file(path) as part:
-        try:
-            save_file(
-                {
-                    name: tensor.detach().cpu().contiguous().clone()
-                    for name, tensor in tensors.items()
-                },
-                part,
-                notes,
-            )
-        except SafetensorError as error:
-            raise OSError(f"the checkpoint could not be written ({error})") from error
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _resume(
-    path: str | Path | None,
-    state: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-):
-    """(first step to do, History so far): from the checkpoint if there is one, else (0,
-    empty).
+def _settings(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """The optimiser's name and the settings of each of its groups."""
+    found: dict[str, object] = {"optimizer": type(optimizer).__name__}
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.keys() - {"params"}
+        found |= {f"{name} of group {number}": group[name] for name in sorted(names)}
+    return found
+
+
+class _Checkpoint:
+    """Model, optimiser, random state and History of one run in a safetensors file, with
+    what makes it this run; without a path nothing is kept.
+
+    Args:
+        run: everything by which runs are told apart; the versions are added here.
     """
-    if path is None or not Path(path).exists():
-        return 0, History()
-    try:
-        with safe_open(path, "pt") as file:
-            notes, tensors = (
-                file.metadata() or {},
-                {name: file.get_tensor(name) for name in file.keys()},
-            )
-        if int(notes["steps"]) != steps:
-            raise ValueError(
-                f"it is of a run of {notes['steps']} steps, this one has {steps}"
-            )
-        history = History(json.loads(notes["history"]))
-        start = int(history.last("step"))
-        state.load_state_dict(
-            {
-                n.removeprefix("state."): t
-                for n, t in tensors.items()
-                if n.startswith("state.")
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        state: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        run: Mapping[str, object],
+    ) -> None:
+        self.path, self.state, self.optimizer = path and Path(path), state, optimizer
+        versions = {"minisupernet": __version__, "torch": torch.__version__}
+        self.run = {name: str(value) for name, value in (versions | {**run}).items()}
+
+    def save(self, history: History) -> None:
+        """Write all, whole or not at all."""
+        if self.path is None:
+            return
+        tensors = {
+            f"state.{name}": own for name, own in self.state.state_dict().items()
+        }
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"optimizer.{index}.{key}": torch.as_tensor(value)
+                for key, value in slots.items()
+                if value is not None
             }
-        )
-        optimizer.load_state_dict(_optimizer_state(optimizer, tensors))
-        torch.set_rng_state(tensors["random"])
-    except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
-        raise TrainingError(
-            f"cannot go on from {path}: {error}; delete it to start anew."
-        ) from error
-    return start, history
+        tensors["random"] = torch.get_rng_state()
+        if self.run["device"] == "cuda":
+            tensors["random on cuda"] = torch.cuda.get_rng_state()
+        whole = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in tensors.items()
+        }
+        notes = {"run": json.dumps(self.run), "history": json.dumps(history.rows)}
+        with whole_file(self.path) as part:
+            try:
+                save_file(whole, part, notes)
+            except SafetensorError as error:
+                raise OSError(
+                    f"the checkpoint could not be written ({error})"
+                ) from error
 
+    def resume(self) -> History:
+        """Take over what the file holds; the History so far, empty without a file."""
+        if self.path is None or not self.path.exists():
+            return History()
+        try:
+            with safe_open(self.path, "pt") as file:
+                notes = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self._compare(notes)
+            history = History(json.loads(notes["history"]))
+            inside = 0 < history.last("step") <= int(self.run["steps"])
+            if not (inside and 0 <= history.last("seconds") < math.inf):
+                raise ValueError("its history does not end within the run")
+            self._load(tensors)
+        except (
+            SafetensorError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
+            raise TrainingError(
+                f"cannot go on from {self.path}: {error}; delete it to start anew."
+            ) from error
+        return history
 
-def _optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> dict:
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
+    def _compare(self, notes: Mapping[str, str]) -> None:
+        """Raise a ValueError that says in what the file's run differs from this one."""
+        if "run" not in notes:
+            raise ValueError("it does not say which run it is of")
+        there = json.loads(notes["run"])
+        differences = [
+            _difference(
+                name, there.get(name, "not given"), self.run.get(name, "not given")
+            )
+            for name in sorted(there.keys() | self.run.keys())
+            if there.get(name) != self.run.get(name)
+        ]
+        if differences:
+            raise ValueError(f"it is of another run ({', '.join(differences)})")
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        def part(kind: str) -> dict[str, Tensor]:
+            own = [name for name in tensors if name.startswith(kind)]
+            return {name.removeprefix(kind): tensors[name] for name in own}
+
+        state, slots = part("state."), {}
+        if _forms(state) != _forms(self.state.state_dict()):
+            raise ValueError("its weights have other names, shapes or types")
+        for name, tensor in part("optimizer.").items():
+            index, key = name.split(".", 1)
             slots.setdefault(int(index), {})[key] = tensor
-    return {"state": slots, "param_groups": optimizer.state_dict()["param_groups"]}
+        groups = self.optimizer.state_dict()["param_groups"]
+        torch.set_rng_state(tensors["random"])
+        if self.run["device"] == "cuda":
+            torch.cuda.set_rng_state(tensors["random on cuda"])
+        self.state.load_state_dict(state)
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (own.shape, own.dtype) for name, own in tensors.items()}
+
+
+def _difference(name: str, there: str, here: str) -> str:
+    if len(there) + len(here) > 60:  # such as the list of all tasks
+        return f"other {name}"
+    return f"{name}: {there} there, {here} here"

@@ -31,10 +31,12 @@ MINUTE = 60_000  # in milliseconds
 EXPLORER = ".jupyter-widgets.widget-vbox:has(img.widget-image)"
 
 WATCH_BARS = """() => {
-  window.widths = new Set();
-  const bars = () => document.querySelectorAll(".jupyter-widgets .progress-bar");
-  const note = () => bars().forEach((bar) => window.widths.add(bar.style.width));
-  const all = {subtree: true, childList: true, attributes: true};
+  window.shares = new Set();
+  const texts = () => document.querySelectorAll(".jp-OutputArea-output pre");
+  const shares = (text) => text.textContent.match(/\\d+%(?=\\|)/g) || [];
+  const note = () => texts().forEach((text) => shares(text).forEach(
+    (share) => window.shares.add(share)));
+  const all = {subtree: true, childList: true, characterData: true};
   new MutationObserver(note).observe(document.body, all);
 }"""
 CODE_CELLS = """[...window.jupyterapp.shell.currentWidget.content.model.cells]
@@ -191,7 +193,7 @@ def test_a_chapter_runs_in_jupyterlab(lab, chromium):
         "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
     )
     tab.wait_for_function(
-        "window.widths.size >= 3", timeout=15 * MINUTE
+        "window.shares.size >= 3", timeout=15 * MINUTE
     )  # a bar came, and moved
     tab.wait_for_function(ALL_RAN, timeout=25 * MINUTE)
     assert tab.evaluate(ERRORS) == []

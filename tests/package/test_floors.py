@@ -57,7 +57,8 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
             assert not node.level, f"{path.name} has a relative import"
             first, _, inside = node.module.partition(".")
             if first == "minisupernet":
-                full = [f"{inside}.{name.name}".lstrip(".") for name in node.names]
+                names = [each.name for each in node.names if each.name != "__version__"]
+                full = [f"{inside}.{name}".lstrip(".") for name in names]
                 found |= {each if each in known else inside for each in full}
     return found
 

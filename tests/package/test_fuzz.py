@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from papermill.translators import PythonTranslator
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support import LONG, ROOT
 from torch import nn
@@ -464,11 +465,15 @@ TENSORS = st.fixed_dictionaries(
         ),
     },
 )
+ROWS = st.lists(
+    st.fixed_dictionaries({}, optional={"step": SCALARS, "seconds": SCALARS}),
+    max_size=3,
+)
 NOTES = st.fixed_dictionaries(
     {},
     optional={
-        "steps": st.sampled_from(["4", "x", "-1"]),
-        "history": JSON.map(json.dumps) | TEXT.filter(str.isascii),
+        "run": JSON.map(json.dumps) | TEXT.filter(str.isascii),
+        "history": (ROWS | JSON).map(json.dumps) | TEXT.filter(str.isascii),
     },
 )
 
@@ -478,7 +483,9 @@ NOTES = st.fixed_dictionaries(
 def test_checkpoints(folder, checkpoint, data):
     path = folder / "run.safetensors"
     if data.draw(st.booleans()):
-        save_file(data.draw(TENSORS), path, data.draw(NOTES))
+        with safe_open(checkpoint, "pt") as file:  # most often of this very run
+            notes = {"run": file.metadata()["run"]} | data.draw(NOTES)
+        save_file(data.draw(TENSORS), path, notes)
     else:
         path.write_bytes(
             data.draw(damaged(checkpoint.read_bytes()) | st.binary(max_size=50))

@@ -3,6 +3,7 @@ byte.
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from minisupernet.data.tasks import (
     experiment_2,
     one_against_rest,
 )
-from minisupernet.errors import FitError, GeneratorError, TaskError
+from minisupernet.errors import FitError, GeneratorError, TaskError, TrainingError
 from minisupernet.fitting import (
     Fit,
     accuracy,
@@ -469,3 +470,33 @@ def test_a_killed_generator_training_goes_on(tmp_path, squares):
     run(tmp_path / "b.safetensors", stop=8)
     resumed = run(tmp_path / "b.safetensors")
     assert resumed[0] == whole[0] and torch.equal(resumed[1], whole[1])
+
+
+def test_a_checkpoint_goes_on_with_the_same_images_tasks_and_fit_only(
+    tmp_path, squares
+):
+    path = tmp_path / "run.safetensors"
+    fit = Fit(4, tasks=4, every=2)
+
+    def run(images=squares, tasks=None, **changed):
+        target, tasks = Small(), tasks or experiment_2(10)
+        torch.manual_seed(0)
+        generator = SuperNet(WeightSpec.of(target), 4, hidden=(8,))
+        data = TaskImages(images, tasks, validation=changed.pop("validation", 4))
+        own = replace(fit, **changed)
+        return train_generator(generator, target, data, own, checkpoint=path)
+
+    run()
+    pixels = squares.train_images.clone()
+    pixels[0, 0, 0, 0] ^= 1
+    asked = experiment_2(10)
+    swapped = BinaryTasks(asked.negative, asked.positive)
+    for changed, said in (
+        ({"images": replace(squares, train_images=pixels)}, "other images"),
+        ({"validation": 3}, "other images of each class"),
+        ({"tasks": swapped}, "other tasks, other watched tasks"),
+        ({"seed": 1}, "fit.seed: 0 there, 1 here"),
+        ({"cycle": False}, "fit.cycle: True there, False here, schedule: .*"),
+    ):
+        with pytest.raises(TrainingError, match=rf"of another run \({said}\)"):
+            run(**changed)

@@ -1,14 +1,18 @@
 """The training loop: History, resuming, a bad loss; and TensorFlow's RMSProp."""
 
+import io
 import platform
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from minisupernet import training
 from minisupernet.errors import TrainingError
 from minisupernet.optimizers import TensorFlowRMSprop
 from minisupernet.seeds import step_generator
@@ -105,17 +109,173 @@ def test_random_numbers_of_the_default_stream_also_resume(tmp_path):
     assert torch.equal(run(tmp_path / "b.safetensors"), whole)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    path = tmp_path / "run.safetensors"
-    model, optimizer, loss_at = regression()
-    train(model, optimizer, loss_at, 10, checkpoint=path)
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+OTHER_RUNS = {  # what is different in the run that finds the file, and what is said
+    "steps": ({"steps": 20}, "steps: 10 there, 20 here"),
+    "every": ({"every": 5}, "every: 100 there, 5 here"),
+    "schedule": ({"schedule": one_cycle}, "schedule: constant there, one_cycle here"),
+    "precision": ({"mixed": True}, "mixed: False there, True here"),
+    "seed": ({"run": {"seed": "1"}}, "seed: 0 there, 1 here"),
+    "not said": ({"run": {}}, "seed: 0 there, not given here"),
+    "more said": (
+        {"run": {"seed": "0", "fold": "2"}},
+        "fold: not given there, 2 here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(name, tmp_path):
+    path, (changed, said) = tmp_path / "run.safetensors", OTHER_RUNS[name]
+    settings = {"steps": 10, "run": {"seed": "0"}, "checkpoint": path}
+    train(*regression(), **settings)
+    model, optimizer, loss_at = regression(seed=3)
+    before, whole = weights_of(model), path.read_bytes()
     with pytest.raises(
-        TrainingError, match="it is of a run of 10 steps, this one has 20; delete it"
+        TrainingError, match=rf"of another run \({said}\); delete it to start anew"
     ):
-        train(model, optimizer, loss_at, 20, checkpoint=path)
-    other = nn.Linear(5, 1)
-    with pytest.raises(TrainingError, match="cannot go on from .*run.safetensors"):
-        train(other, torch.optim.SGD(other.parameters()), loss_at, 10, checkpoint=path)
+        train(model, optimizer, loss_at, **settings | changed)
+    assert all(torch.equal(before[n], own) for n, own in model.state_dict().items())
+    assert path.read_bytes() == whole
+    assert train(*regression(), **settings).last("step") == 10
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (regression(rate=0.3), r"lr of group 0: 0.01 there, 0.3 here"),
+        (regression(optimizer=TensorFlowRMSprop), "optimizer: AdamW there, Tensor"),
+        (regression(optimizer=torch.optim.Adam), "weight_decay of group 0: 0.01 there"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(other, said, tmp_path):
+    train(*regression(), 10, checkpoint=tmp_path / "run.safetensors")
+    with pytest.raises(TrainingError, match=said):
+        train(*other, 10, checkpoint=tmp_path / "run.safetensors")
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(*regression(), 10, checkpoint=path)
+    wide = nn.Linear(5, 1)
+    with pytest.raises(
+        TrainingError, match="its weights have other names, shapes or types"
+    ):
+        train(
+            wide,
+            torch.optim.AdamW(wide.parameters(), lr=1e-2),
+            sum,
+            10,
+            checkpoint=path,
+        )
+
+
+@pytest.mark.parametrize("package", ["minisupernet", "torch"])
+def test_a_checkpoint_of_another_version_is_refused(package, tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as before:
+        where = training if package == "minisupernet" else torch
+        before.setattr(where, "__version__", "0.0.9")
+        train(*regression(), 10, checkpoint=path)
+    with pytest.raises(TrainingError, match=f"{package}: 0.0.9 there, .* here"):
+        train(*regression(), 10, checkpoint=path)
+
+
+def test_a_checkpoint_that_does_not_say_of_which_run_it_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    train(*regression(), 10, checkpoint=path)
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, path, {"steps": "10", "history": notes["history"]})
+    with pytest.raises(TrainingError, match="it does not say which run it is of"):
+        train(*regression(), 10, checkpoint=path)
+
+
+def test_long_facts_about_a_run_are_compared_and_not_printed(tmp_path):
+    path = tmp_path / "run.safetensors"
+    tasks = str(list(range(50)))
+    train(*regression(), 10, checkpoint=path, run={"tasks": tasks})
+    with pytest.raises(TrainingError, match=r"another run \(other tasks\)"):
+        train(*regression(), 10, checkpoint=path, run={"tasks": tasks + " "})
+
+
+def test_the_optimizer_gets_its_rates_back():
+    model, optimizer, loss_at = regression(rate=0.1)
+    train(model, optimizer, loss_at, 10, schedule=one_cycle)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 2.5}, {"every": 0}])
+def test_steps_are_whole_numbers_from_one(wrong):
+    with pytest.raises(TrainingError, match="must be a whole number from 1, not"):
+        train(*regression(), **{"steps": 10} | wrong)
+
+
+class Terminal(io.StringIO):
+    """What a terminal would show."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_bar_moves_at_a_terminal_and_nowhere_else(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    shown = {}
+    for name, stream in (("terminal", Terminal()), ("log", io.StringIO())):
+        monkeypatch.setattr(sys, "stderr", stream)
+        train(*regression(), 3, label="watched")
+        shown[name] = stream.getvalue()
+    assert "watched: " in shown["terminal"] and "0%" in shown["terminal"]
+    assert not shown["terminal"].rpartition("\r")[2].strip()  # gone at the end
+    assert shown["log"] == ""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    train(*regression(), 3)
+    assert sys.stderr.getvalue() == ""
+
+
+IN_A_NOTEBOOK = """
+import torch
+from minisupernet.training import train
+layer = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(layer.parameters())
+history = train(layer, optimizer, lambda step: layer(torch.ones(1, 1)).sum(), 3)
+"""
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A client of a running notebook kernel."""
+    manager = pytest.importorskip("jupyter_client.manager")
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    running, client = manager.start_new_kernel(kernel_name="python3")
+    yield client
+    client.stop_channels()
+    running.shutdown_kernel(now=True)
+
+
+def test_a_notebook_shows_a_bar_to_a_person_and_leaves_none_in_a_run(kernel):
+    """A front end with a person in it takes answers; papermill and nbconvert do not."""
+    found = {}
+    for person in (False, True):
+        outputs = found[person] = []
+
+        def keep(message, outputs=outputs):
+            if message["msg_type"] not in ("status", "execute_input"):
+                outputs.append(message)
+
+        reply = kernel.execute_interactive(
+            IN_A_NOTEBOOK, allow_stdin=person, output_hook=keep, timeout=120
+        )
+        assert reply["content"]["status"] == "ok", reply
+    assert found[False] == []
+    assert {message["msg_type"] for message in found[True]} == {"stream"}
+    text = "".join(message["content"]["text"] for message in found[True])
+    assert "training: " in text and not text.rpartition("\r")[2].strip()
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
