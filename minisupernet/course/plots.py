@@ -2,6 +2,7 @@
 intervals drawn.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -109,12 +110,12 @@ def ladder(
     label: str = "test accuracy (%)",
     chance: float | None = 0.5,
 ) -> "Figure":
-    """One row an arm: a faint dot a task, the mean, and its 95 % interval; the dashed
-    line is chance.
+    """One row an arm: a faint dot a unit, the mean, and its 95 % interval where there
+    are three units or more; the dashed line is chance.
 
     Args:
-        arms: name to the values of independent tasks, as shares (0 to 1), drawn in
-            percent.
+        arms: name to the values of independent units, such as generators or, where only
+            one was trained, its tasks, as shares (0 to 1), drawn in percent.
     """
     figure, axes = new_figure(height=0.7 + 0.42 * len(arms))
     for row, values in enumerate(arms.values()):
@@ -127,14 +128,15 @@ def ladder(
             alpha=0.25,
             markersize=4,
         )
-        axes.plot(
-            [100 * found.low, 100 * found.high],
-            [row, row],
-            "|-",
-            color="black",
-            linewidth=1.5,
-            markersize=9,
-        )
+        if math.isfinite(found.low):
+            axes.plot(
+                [100 * found.low, 100 * found.high],
+                [row, row],
+                "|-",
+                color="black",
+                linewidth=1.5,
+                markersize=9,
+            )
         axes.plot(
             100 * found.mean,
             row,

@@ -26,6 +26,8 @@ __all__ = [
     "results_file",
     "rounded",
     "task_means",
+    "task_values",
+    "unit_means",
 ]
 
 
@@ -170,26 +172,73 @@ def task_means(
         ResultError: where no run has it.
     """
     found: dict[int, list[float]] = {}
-    for run in runs:
-        arms = run["arms"] if size is None else run.get("few", {}).get(str(size), {})
-        if run["setup"] == setup and arm in {
-            **arms,
-            **(run["trained"] if size is None else {}),
-        }:
-            values = arms[arm][measure] if arm in arms else run["trained"][arm]
-            numbers = run["held_out"] if arm in arms else _trained_tasks(run)
-            for number, value in zip(
-                numbers, values, strict=False
-            ):  # the unfrozen arm stops after a few tasks
-                found.setdefault(one_of_a_pair(number, run), []).append(value)
-    if not found:
-        images = "" if size is None else f" with {size} images a class"
-        raise ResultError(
-            f"no recorded run has the arm '{arm}'{images} under the set-up '{setup}'."
-        )
+    for run in _with_arm(runs, setup, arm, size):
+        for number, value in task_values(run, arm, size, measure).items():
+            found.setdefault(one_of_a_pair(number, run), []).append(value)
     return {
         number: sum(values) / len(values) for number, values in sorted(found.items())
     }
+
+
+def unit_means(
+    runs: Sequence[dict],
+    setup: str,
+    arm: str,
+    size: int | None = None,
+    less: str | None = None,
+) -> dict[tuple[int, int], float]:
+    """The test accuracy of one arm in each run, a mean over its tasks: {(fold, seed):
+    accuracy}. A run is a generator with tasks of its own, the unit of an interval.
+
+    Args:
+        runs, setup, arm, size: as `task_means` takes them.
+        less: another arm, whose accuracy is taken off task by task, over the tasks that
+            both measured; only runs that have both count.
+
+    Raises:
+        ResultError: where no run has it.
+    """
+    found = {}
+    for run in _with_arm(runs, setup, arm, size):
+        values = task_values(run, arm, size)
+        if less is not None:
+            others = task_values(run, less, size)
+            values = {t: values[t] - others[t] for t in values if t in others}
+        if values:
+            found[run["fold"], run["seed"]] = sum(values.values()) / len(values)
+    if not found:
+        raise _no_arm(less or arm, size, setup)
+    return found
+
+
+def task_values(
+    run: dict, arm: str, size: int | None = None, measure: str = "test"
+) -> dict[int, float]:
+    """What one run measured of an arm: {task number: accuracy}, empty where it did
+    not."""
+    arms = run["arms"] if size is None else run.get("few", {}).get(str(size), {})
+    if arm in arms:  # the unfrozen arm stops after a few tasks
+        return dict(zip(run["held_out"], arms[arm][measure], strict=False))
+    if size is None and arm in run["trained"]:
+        return dict(zip(_trained_tasks(run), run["trained"][arm], strict=True))
+    return {}
+
+
+def _with_arm(
+    runs: Sequence[dict], setup: str, arm: str, size: int | None
+) -> list[dict]:
+    """The runs of a set-up that measured an arm, with so many images a class."""
+    mine = [run for run in runs if run["setup"] == setup]
+    if found := [run for run in mine if task_values(run, arm, size)]:
+        return found
+    raise _no_arm(arm, size, setup)
+
+
+def _no_arm(arm: str, size: int | None, setup: str) -> ResultError:
+    images = "" if size is None else f" with {size} images a class"
+    return ResultError(
+        f"no recorded run has the arm '{arm}'{images} under the set-up '{setup}'."
+    )
 
 
 def one_of_a_pair(number: int, run: dict) -> int:

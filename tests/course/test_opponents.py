@@ -10,6 +10,14 @@ import torch
 from support import ROOT, coloured_squares
 
 from minisupernet.course.records import load_runs, results_file
+from minisupernet.course.report.opponents import (
+    lead,
+    leads_table,
+    opponents_table,
+    reached,
+    target_sizes_table,
+)
+from minisupernet.course.statistics import paired
 from minisupernet.course.studies import opponents
 from minisupernet.course.studies.arms import Fold
 from minisupernet.course.studies.opponents import GROUPS, measure
@@ -21,7 +29,7 @@ from minisupernet.course.studies.trunk import (
     Trunk,
     fit_logistic,
 )
-from minisupernet.errors import SetupError, StudyError
+from minisupernet.errors import ResultError, SetupError, StudyError
 from minisupernet.fitting import accuracy
 
 NUMBER = re.compile(r"\d+\.\d")
@@ -143,7 +151,53 @@ def test_candidates_grow_beyond_an_edge_and_stop_inside():
     assert best_rate((5.0,), trial).rate == 5.0
 
 
-def lead(experiment: int, size: str, arm: str) -> list[float]:
+def recorded_unit(fold: int, group: str, channels: int = 16, **few: dict) -> dict:
+    unit = {"of_experiment": 2, "fold": fold, "seed": fold, "group": group}
+    return {**unit, "channels": channels, "steps": 2_000, "weights": 37_165, "few": few}
+
+
+def test_the_tables_are_drawn_from_the_records_by_fold():
+    runs = []
+    for fold, shift in enumerate((0.0, 0.01, 0.05)):
+        head, z = 0.8 + shift, 0.83 + 1.5 * shift
+        arm = {"test": [head, head + 0.1], "test_mirrored": [head + 0.2, head + 0.3]}
+        runs.append(recorded_unit(fold, "heads", **{"5": {"head": arm}}))
+        runs.append(recorded_unit(fold, "prior", **{"5": {"z_only": {"test": [z, z]}}}))
+    assert reached(runs, 2, "head", 5)[1, 1] == pytest.approx(0.86)
+    assert reached(runs, 2, "head", 5, mirrored=True)[1, 1] == pytest.approx(1.06)
+    found = lead(runs, 2, "z_only", "head", 5)
+    expected = paired([0.83, 0.845, 0.905], [0.85, 0.86, 0.9])
+    assert found.n == 3 and found.percent() == expected.percent()
+    lines = opponents_table(runs, 2).data.splitlines()
+    assert lines[3].startswith("| head on one network | 87.0 ± 6.6 | – |")
+    row = f"| head on one network | {found.percent()}: not told apart | – | – |"
+    assert leads_table(runs, 2).data.splitlines()[2:] == [row]
+    sizes = target_sizes_table(runs, "z_only").data
+    assert f"| 16 | 37,165 | {found.percent()}: not told apart | – | – |" in sizes
+    with pytest.raises(ResultError, match="no recorded unit of experiment 1 has the"):
+        reached(runs, 1, "head", 5)
+
+
+def test_every_recorded_choice_was_made_by_one_rule():
+    """Three candidates, and more beyond an edge that is best, up to six."""
+    runs = load_runs(results_file("07_opponents.json"))
+    for run in runs:
+        settings = run["settings"]
+        arms = [arm for arms in run["few"].values() for arm in arms.values()]
+        for arm in [each for each in [*arms, run.get("trunk", {})] if "tried" in each]:
+            tried = {each["rate"]: each["validation"] for each in arm["tried"]}
+            inside = min(tried) < arm["rate"] < max(tried)
+            assert inside and len(tried) >= 3 or len(tried) == settings["most"] == 6
+            assert tried[arm["rate"]] == max(tried.values())
+
+
+def test_recorded_z_were_fitted_through_a_generator_that_did_not_move():
+    runs = load_runs(results_file("07_opponents.json"))
+    for run in (each for each in runs if each["group"] == "prior"):
+        assert run["generator"]["sha256_before"] == run["generator"]["sha256_after"]
+
+
+def lead_of_recorded(experiment: int, size: str, arm: str) -> list[float]:
     """z minus an arm in points, a value a fold, from the records."""
     setup = {1: "many_tasks", 2: "unseen_pairs"}[experiment]
     name = f"{experiment + 5:02d}_experiment_{experiment}.json"
@@ -174,7 +228,7 @@ def lead(experiment: int, size: str, arm: str) -> list[float]:
     ],
 )
 def test_what_the_readme_says_of_the_head_is_recorded(experiment, size, said):
-    values = lead(experiment, size, "head")
+    values = lead_of_recorded(experiment, size, "head")
     half = 2.776 * stdev(values) / len(values) ** 0.5  # t, four degrees of freedom
     mean = fmean(values)
     ends = sorted(abs(end) for end in (mean - half, mean + half))

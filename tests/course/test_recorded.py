@@ -3,14 +3,20 @@ chapters say of them.
 """
 
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
 from support import ROOT
 
-from minisupernet.course.records import load_runs, results_file, task_means
-from minisupernet.course.report.experiments import compare, search_gain, verdict
-from minisupernet.course.statistics import interval
+from minisupernet.course.records import (
+    load_runs,
+    results_file,
+    task_means,
+    unit_means,
+)
+from minisupernet.course.report.experiments import compare, search_gain
+from minisupernet.course.statistics import verdict
 from minisupernet.course.studies.setups import SETUPS
 
 FILES = {1: "06_experiment_1.json", 2: "07_experiment_2.json"}
@@ -31,20 +37,20 @@ STATED = {
     (1, "better", "z_only", "fine_tuned"): "lower",
     (2, "original", "right_z", "wrong_z"): "higher",
     (2, "original", "z_only", "no_adaptation"): "higher",
-    (2, "original", "z_only", "random_generator"): "higher",
+    (2, "original", "z_only", "random_generator"): "not told apart",
     (2, "original", "z_only", "from_scratch"): "lower",
     (2, "better", "right_z", "wrong_z"): "higher",
     (2, "better", "z_only", "no_adaptation"): "higher",
     (2, "better", "z_only", "random_generator"): "higher",
     (2, "better", "z_only", "from_scratch"): "lower",
-    (2, "better", "z_only", "fine_tuned"): "lower",
+    (2, "better", "z_only", "fine_tuned"): "not told apart",
     (1, "many_tasks", "z_only", "from_scratch"): "higher",
     (1, "many_tasks", "z_only", "random_generator"): "higher",
     (1, "many_tasks", "z_only", "no_adaptation"): "higher",
     (1, "many_tasks", "z_only", "other_z"): "higher",
     (1, "many_tasks", "z_only", "one_network"): "higher",
     (1, "many_tasks", "z_only", "last_layer"): "higher",
-    (1, "many_tasks", "z_only", "biases"): "higher",
+    (1, "many_tasks", "z_only", "biases"): "not told apart",
     (1, "many_tasks", "z_only", "fine_tuned"): "lower",
     (2, "unseen_pairs", "right_z", "wrong_z"): "higher",
     (2, "unseen_pairs", "z_only", "other_z"): "higher",
@@ -72,41 +78,41 @@ STATED_FEW = {
     (2, "unseen_pairs", "z_only", "fine_tuned", 20): "higher",
 }
 DECAYS = "training.z_decay 0.3, adaptation.z_decay 0.3"
-# What chapter 7 says of the search for a generator: what two runs changed, and the
-# verdict on first minus second.
+# What chapter 7 says of the search for a generator: what two runs changed, and what the
+# first gained over the second with all images. Either is one generator: no verdict.
 SEARCHED = {
-    ("z_dim 4", ""): "lower",
-    ("z_dim 8", ""): "lower",
-    ("z_dim 16", ""): "not told apart",
-    ("z_dim 64", ""): "not told apart",
-    ("hidden []", ""): "not told apart",
-    ("bound 1.0", ""): "not told apart",
-    ("many_tasks False, one_hot True, z_dim 80", ""): "not told apart",
-    ("many_tasks False", ""): "not told apart",
-    ("raw True", ""): "not told apart",
-    ("z_share 0.05", ""): "not told apart",
-    ("augmentation.flip 0, augmentation.crop 0", ""): "higher",
-    ("hidden [256]", ""): "higher",
-    (DECAYS, ""): "higher",
-    ("training.steps 2000", ""): "higher",
-    ("training.steps 2000", "training.steps 2000, many_tasks False"): "higher",
-    ("hidden [16]", ""): "not told apart",
-    ("channels 32", ""): "higher",
-    ("channels 32", "training.steps 2000"): "lower",
-    ("training.steps 2000, hidden [256]", "training.steps 2000"): "not told apart",
+    ("z_dim 4", ""): "less",
+    ("z_dim 8", ""): "less",
+    ("z_dim 16", ""): "little",
+    ("z_dim 64", ""): "little",
+    ("hidden []", ""): "little",
+    ("bound 1.0", ""): "little",
+    ("many_tasks False, one_hot True, z_dim 80", ""): "little",
+    ("many_tasks False", ""): "little",
+    ("raw True", ""): "little",
+    ("z_share 0.05", ""): "little",
+    ("augmentation.flip 0, augmentation.crop 0", ""): "more",
+    ("hidden [256]", ""): "more",
+    (DECAYS, ""): "more",
+    ("training.steps 2000", ""): "more",
+    ("training.steps 2000", "training.steps 2000, many_tasks False"): "more",
+    ("hidden [16]", ""): "little",
+    ("channels 32", ""): "more",
+    ("channels 32", "training.steps 2000"): "less",
+    ("training.steps 2000, hidden [256]", "training.steps 2000"): "little",
     (
         f"training.steps 2000, hidden [256], {DECAYS}",
         "training.steps 2000",
-    ): "not told apart",
+    ): "little",
     (
         f"training.steps 2000, hidden [256], {DECAYS}, training.rate 0.002",
         "training.steps 2000",
-    ): "not told apart",
+    ): "little",
     (
         "training.steps 2000, adaptation.z_decay 1.0",
         "training.steps 2000",
-    ): "not told apart",
-    ("training.steps 4000", "training.steps 2000"): "not told apart",
+    ): "little",
+    ("training.steps 4000", "training.steps 2000"): "little",
 }
 SEARCH = "07_generator_search.json"
 MANY = {
@@ -247,8 +253,9 @@ def searched() -> dict[str, dict]:
 @pytest.mark.parametrize(("first", "second"), SEARCHED)
 def test_the_search_found_what_chapter_7_says(first, second):
     runs = searched()
-    found = search_gain(runs[first], runs[second])
-    assert verdict(found) == SEARCHED[first, second], found
+    gain = 100 * fmean(search_gain(runs[first], runs[second]).values())
+    said = "less" if gain < -1.5 else "more" if gain > 0.8 else "little"
+    assert said == SEARCHED[first, second], gain
 
 
 def test_longer_training_gains_what_chapter_7_says():
@@ -256,30 +263,21 @@ def test_longer_training_gains_what_chapter_7_says():
     wide layer at the start.
     """
     runs = searched()
-    two, four = runs["training.steps 2000"], runs["training.steps 4000"]
-    assert (
-        max(runs, key=lambda name: runs[name]["arms"]["z_only"]["validation"])
-        == "training.steps 4000"
-    )
-    assert (
-        0.002
-        < search_gain(four, two).mean
-        < 0.008
-        < search_gain(four, two, "20").mean
-        < 0.015
-    )
-    assert 0.03 < search_gain(two, runs[""]).mean < 0.045
-    assert (
-        search_gain(runs["training.steps 2000, adaptation.z_decay 1.0"], two, "20").low
-        > 0
-    )
+
+    def gain(first: str, second: str, size: int | None = None) -> float:
+        return fmean(search_gain(runs[first], runs[second], size).values())
+
+    two, four = "training.steps 2000", "training.steps 4000"
+    reached = {name: run["arms"]["z_only"] for name, run in runs.items()}
+    assert max(reached, key=lambda name: reached[name]["validation"]) == four
+    assert 0.002 < gain(four, two) < 0.008 < gain(four, two, 20) < 0.015
+    assert 0.03 < gain(two, "") < 0.045
+    decays = search_gain(runs[f"{two}, adaptation.z_decay 1.0"], runs[two], 20)
+    assert min(decays.values()) >= 0 < max(decays.values())
     for name in ("hidden [256]", "channels 32"):
-        assert 0.015 < search_gain(runs[name], runs[""]).mean < 0.028
-    sizes = {name: runs[name]["parameters"] for name in ("hidden [16]", "channels 32")}
-    assert (
-        sizes["hidden [16]"]["generator"] == 632_333
-        and sizes["channels 32"]["target"] == 102_429
-    )
+        assert 0.015 < gain(name, "") < 0.028
+    assert runs["hidden [16]"]["parameters"]["generator"] == 632_333
+    assert runs["channels 32"]["parameters"]["target"] == 102_429
 
 
 def test_the_search_changed_what_it_says_and_nothing_else():
@@ -361,10 +359,9 @@ def test_unseen_pairs_were_never_asked_about():
 
 
 def mean(runs: list[dict], arm: str, size: int | None = None) -> float:
-    """The mean test accuracy of an arm over the tasks of the set-up with many tasks."""
-    return interval(
-        list(task_means(runs, MANY[runs[0]["experiment"]], arm, size).values())
-    ).mean
+    """The mean test accuracy of an arm over the folds of the set-up with many tasks."""
+    setup = MANY[runs[0]["experiment"]]
+    return fmean(unit_means(runs, setup, arm, size).values())
 
 
 def test_the_sizes_that_the_chapters_speak_of():
@@ -372,11 +369,8 @@ def test_the_sizes_that_the_chapters_speak_of():
     "a point or two", "small".
     """
     one, two = recorded(1), recorded(2)
-    assert (
-        0.78
-        < interval(list(task_means(one, "better", "no_adaptation").values())).mean
-        < 0.83
-    )
+    unadapted = unit_means(one, "better", "no_adaptation")
+    assert 0.78 < fmean(unadapted.values()) < 0.83
     for found in (
         compare(one, "better", "z_only", "no_adaptation"),
         compare(two, "better", "from_scratch", "z_only"),

@@ -7,8 +7,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from minisupernet.course.plots import COLOURS, ladder, new_figure, table
-from minisupernet.course.records import task_means
-from minisupernet.course.statistics import Interval, difference, interval
+from minisupernet.course.records import task_means, unit_means
+from minisupernet.course.report.opponents import OPPONENT_NAMES, lead
+from minisupernet.course.statistics import Interval, interval, verdict
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -66,7 +67,10 @@ AIMS = (
     (20, "fine_tuned", 0.0),
     (None, "from_scratch", 0.0),
     (None, "fine_tuned", -0.01),
+    (None, "fine_tuned", -0.005),
 )
+# the same against a head of as many numbers on one shared network
+HEAD_AIMS = ((5, 0.0), (20, 0.0), (None, 0.0))
 
 
 def setups_in(runs: Sequence[dict]) -> list[str]:
@@ -79,21 +83,9 @@ def setups_in(runs: Sequence[dict]) -> list[str]:
 def compare(
     runs: Sequence[dict], setup: str, first: str, second: str, size: int | None = None
 ) -> Interval:
-    """The paired difference in test accuracy, first arm minus second, over the tasks
-    that both measured.
-    """
-    return difference(
-        task_means(runs, setup, first, size), task_means(runs, setup, second, size)
-    )
-
-
-def verdict(found: Interval) -> str:
-    """What the interval of a difference allows to be said: "higher", "lower" or "not
-    told apart".
-    """
-    return (
-        "higher" if found.low > 0 else "lower" if found.high < 0 else "not told apart"
-    )
+    """The difference in test accuracy, first arm minus second, paired by task within
+    each run; a run, one generator, is a unit of the interval."""
+    return interval(unit_means(runs, setup, first, size, second).values())
 
 
 def cost_table(runs: Sequence[dict]) -> "Markdown":
@@ -133,9 +125,8 @@ def cost_table(runs: Sequence[dict]) -> "Markdown":
 
 
 def arms_table(runs: Sequence[dict]) -> "Markdown":
-    """Mean test accuracy of every arm with its 95 % interval over tasks, for every
-    set-up.
-    """
+    """Mean test accuracy of every arm with its 95 % interval over generators, for
+    every set-up."""
     names = setups_in(runs)
     rows = [
         [label, *(_cell(runs, name, arm) for name in names)]
@@ -163,14 +154,13 @@ def _arms_in(runs: Sequence[dict], setup: str) -> list[str]:
 def _cell(runs: Sequence[dict], setup: str, arm: str) -> str:
     if arm not in _arms_in(runs, setup):
         return "not run"
-    found = interval(list(task_means(runs, setup, arm).values()))
+    found = interval(unit_means(runs, setup, arm).values())
     return f"{found.percent()}, n\u00a0=\u00a0{found.n}"
 
 
 def differences_table(runs: Sequence[dict]) -> "Markdown":
-    """What z alone reaches against each control, paired by task; and the right z
-    against the wrong one.
-    """
+    """What z alone reaches against each control, paired by task within a run; and the
+    right z against the wrong one."""
     rows = []
     for setup in setups_in(runs):
         controls = [
@@ -190,7 +180,7 @@ def differences_table(runs: Sequence[dict]) -> "Markdown":
             "set-up",
             "difference in points",
             "mean (95 % interval)",
-            "tasks",
+            "generators",
             "the first is",
         ],
         rows,
@@ -198,10 +188,11 @@ def differences_table(runs: Sequence[dict]) -> "Markdown":
 
 
 def recorded_ladder(runs: Sequence[dict], setup: str) -> "Figure":
-    """The ladder of one set-up: every held-out task, means and intervals."""
+    """The ladder of one set-up: a dot a generator, which has tasks of its own, means
+    and intervals."""
     order = [arm for arm in _arms_in(runs, setup) if arm not in ASIDE]
     values = {
-        ARM_NAMES[arm]: list(task_means(runs, setup, arm).values()) for arm in order
+        ARM_NAMES[arm]: list(unit_means(runs, setup, arm).values()) for arm in order
     }
     data = " and ".join(
         sorted({run["data"]["name"].upper().replace("CIFAR", "CIFAR-") for run in runs})
@@ -228,7 +219,7 @@ def _sizes(runs: Sequence[dict], setup: str) -> list[int | None]:
 
 def few_images(runs: Sequence[dict], setups: Sequence[str]) -> "Figure":
     """Test accuracy against the number of images of each class that an arm is fitted
-    to, with 95 % bands over tasks.
+    to, with 95 % bands over generators.
     """
     figure, panels = new_figure(1, len(setups), width=3.6 * len(setups) + 0.4)
     for axes, setup in zip(
@@ -236,7 +227,7 @@ def few_images(runs: Sequence[dict], setups: Sequence[str]) -> "Figure":
     ):
         for arm, colour in zip(CURVES, COLOURS, strict=False):
             found = [
-                interval(list(task_means(runs, setup, arm, size).values()))
+                interval(unit_means(runs, setup, arm, size).values())
                 for size in _sizes(runs, setup)
             ]
             sizes = [size or ALL_IMAGES for size in _sizes(runs, setup)]
@@ -260,8 +251,7 @@ def few_images(runs: Sequence[dict], setups: Sequence[str]) -> "Figure":
 
 def few_table(runs: Sequence[dict], setup: str) -> "Markdown":
     """z alone against fine-tuning and training from scratch, at every number of images,
-    paired by task.
-    """
+    paired by task within a run."""
     rows = []
     for size in _sizes(runs, setup):
         found = [
@@ -269,7 +259,7 @@ def few_table(runs: Sequence[dict], setup: str) -> "Markdown":
             for arm in ("from_scratch", "fine_tuned")
         ]
         means = [
-            f"{100 * fmean(task_means(runs, setup, arm, size).values()):.1f}"
+            f"{100 * fmean(unit_means(runs, setup, arm, size).values()):.1f}"
             for arm in CURVES
         ]
         rows.append(
@@ -284,7 +274,7 @@ def few_table(runs: Sequence[dict], setup: str) -> "Markdown":
     return table(
         [
             "images of a class",
-            "tasks",
+            "generators",
             *names,
             "z only − from scratch",
             "z only − fine-tuned",
@@ -293,28 +283,46 @@ def few_table(runs: Sequence[dict], setup: str) -> "Markdown":
     )
 
 
-def aims_table(runs: Sequence[dict], setup: str) -> "Markdown":
+def aims_table(
+    runs: Sequence[dict], setup: str, opponents: Sequence[dict] = ()
+) -> "Markdown":
     """What the course set out to show for z alone, and whether the interval of the
     difference allows to say so.
+
+    Args:
+        opponents: the runs of `07_opponents.json`, for the aims against a head.
     """
-    rows = []
-    for size, arm, least in AIMS:
-        found = compare(runs, setup, "z_only", arm, size)
-        said = (
-            "holds"
-            if found.low >= least
-            else "does not hold"
-            if found.high < least
-            else "open"
-        )
-        aim = f"z only − {ARM_NAMES[arm]} at least {100 * least:+.0f}"
-        rows.append(
-            [f"{size or ALL_IMAGES} images of a class", aim, found.percent(), said]
-        )
+    aims = [
+        (size, ARM_NAMES[arm], least, compare(runs, setup, "z_only", arm, size))
+        for size, arm, least in AIMS
+    ]
+    if opponents:
+        number = next(run["experiment"] for run in runs)
+        head = OPPONENT_NAMES["head_32"]
+        aims += [
+            (size, head, least, lead(opponents, number, "z_only", "head_32", size))
+            for size, least in HEAD_AIMS
+        ]
+    rows = [
+        [
+            f"{size or ALL_IMAGES} images of a class",
+            f"z only − {name} at least {100 * least:+.1f}",
+            found.percent(),
+            _kept(found, least),
+        ]
+        for size, name, least, found in aims
+    ]
     return table(
         ["fitted to", "aim, in points", "measured, mean (95 % interval)", "the aim"],
         rows,
     )
+
+
+def _kept(found: Interval, least: float) -> str:
+    """Whether an aim holds: not by the mean, but by the whole interval."""
+    if found.low >= least:
+        return "holds"
+    return "does not hold" if found.high < least else "open"
 
 
 def recorded_walk(runs: Sequence[dict], setup: str) -> "Figure":
@@ -385,15 +393,17 @@ def geometry_table(runs: Sequence[dict]) -> "Markdown":
     return table(["set-up", "seed", "fold", "directions used", few_header, last], rows)
 
 
-def search_gain(run: dict, start: dict, size: str | None = None) -> Interval:
-    """What a run of the search gained over another for z alone, on validation images,
-    paired by task.
+def search_gain(run: dict, start: dict, size: int | None = None) -> dict[int, float]:
+    """What a run of the search gained over another for z alone, on the validation
+    images of each pair: {number of the task: gain}.
+
+    Either is one generator, so the gains describe these two and allow no verdict.
     """
     first, second = (
         task_means([each], each["setup"], "z_only", size, "validation_each")
         for each in (run, start)
     )
-    return difference(first, second)
+    return {task: first[task] - second[task] for task in first}
 
 
 def search_table(runs: Sequence[dict]) -> "Markdown":
@@ -401,31 +411,21 @@ def search_table(runs: Sequence[dict]) -> "Markdown":
     on validation images.
     """
     (start,) = (run for run in runs if not run["overrides"])
-    size = min(start["few"], key=int)
+    size = int(min(start["few"], key=int))
     rows = []
     for run in sorted(runs, key=lambda run: -run["arms"]["z_only"]["validation"]):
-        cells = [
-            _changes(run["overrides"] or {}),
-            f"{run['parameters']['generator']:,}",
-        ]
-        for found, count in ((run["arms"], None), (run["few"][size], size)):
+        changes = _changes(run["overrides"] or {})
+        cells = [changes, f"{run['parameters']['generator']:,}"]
+        for found, count in ((run["arms"], None), (run["few"][str(size)], size)):
+            gains = list(search_gain(run, start, count).values())
+            more = sum(gain > 0 for gain in gains)
+            said = f"{100 * fmean(gains):+.1f}, {more} of {len(gains)}"
             cells.append(f"{100 * found['z_only']['validation']:.1f}")
-            cells.append(
-                "–" if run is start else search_gain(run, start, count).percent()
-            )
+            cells.append("–" if run is start else said)
         rows.append(cells)
-    gain = "gain, points (95 % interval)"
-    return table(
-        [
-            "changed",
-            "numbers in the generator",
-            "all images, %",
-            gain,
-            f"{size} of each class, %",
-            gain,
-        ],
-        rows,
-    )
+    gain = "gain in points, pairs that gain"
+    sizes = ("all images, %", gain, f"{size} of each class, %", gain)
+    return table(["changed", "numbers in the generator", *sizes], rows)
 
 
 def _changes(overrides: dict) -> str:

@@ -61,7 +61,8 @@ class Headline:
 
 
 def on_episodes(runs: Sequence[dict], place: str, arm: str) -> list[float]:
-    """Accuracy of every episode of one place and arm, all seeds' one after the other.
+    """Accuracy on the episodes of one place by one arm, a mean a seed: episodes of one
+    seed share a generator, which is the unit.
 
     Raises:
         ResultError: for a place or an arm that was not recorded.
@@ -70,11 +71,12 @@ def on_episodes(runs: Sequence[dict], place: str, arm: str) -> list[float]:
         place in run["episodes"] and arm in run["episodes"][place] for run in runs
     ):
         raise ResultError(f"no recorded run has the arm '{arm}' at '{place}'.")
-    return [value for run in runs for value in run["episodes"][place][arm]]
+    return [fmean(run["episodes"][place][arm]) for run in runs]
 
 
 def against(runs: Sequence[dict], place: str, first: str, second: str) -> Interval:
-    """The difference in accuracy, first arm minus second, paired by episode."""
+    """The difference in accuracy, first arm minus second, paired by seed, whose arms
+    met the same episodes."""
     return paired(on_episodes(runs, place, first), on_episodes(runs, place, second))
 
 

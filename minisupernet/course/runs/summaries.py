@@ -5,7 +5,9 @@ intervals, and a figure of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from minisupernet.course.runs.sweeps import Run, Sweep
@@ -40,9 +42,8 @@ def summarise(sweep: Sweep, runs: Sequence[Run], folder: Path) -> str:
     """A table of means with 95 % intervals, kept as `summary.md`, with a figure of it,
     `summary.png`.
 
-    Where an arm has one accuracy a held-out task, the mean is over the tasks, each
-    first averaged over the runs that have it; the mean of anything else is over the
-    runs.
+    A run is the unit: where a value is a list, such as an arm's accuracy on each task,
+    the run's mean of it counts.
 
     Raises:
         ResultError: where a run has no such value.
@@ -83,44 +84,12 @@ def lacking(sweep: Sweep, run: Run, folder: Path) -> str:
     return ""
 
 
-def _mean(documents: Sequence[dict], value: str) -> Interval | float:
-    """The mean of a value with its interval, or one number alone."""
+def _mean(documents: Sequence[dict], value: str) -> Interval:
+    """The mean of a value over runs, with its interval."""
     from minisupernet.course.statistics import interval
 
-    units: dict[Any, list[float]] = {}
-    for number, document in enumerate(documents):
-        everything = document | document["result"]
-        picked = _pick(everything, value)
-        if isinstance(picked, list) and value.startswith(("arms.", "few.")):
-            for task, each in zip(
-                _held_out(everything), picked, strict=False
-            ):  # some arms stop after a few tasks
-                units.setdefault(task, []).append(each)
-        else:
-            units[f"run {number}"] = picked if isinstance(picked, list) else [picked]
-    means = [sum(each) / len(each) for each in units.values()]
-    return interval(means) if len(means) > 1 else means[0]
-
-
-def _held_out(result: dict) -> list[int]:
-    """The numbers of the held-out tasks, as they count in an interval."""
-    from minisupernet.course.records import one_of_a_pair
-
-    tasks = result.get("held_out")
-    if (
-        not isinstance(tasks, list)
-        or not tasks
-        or not all(type(task) is int for task in tasks)
-    ):
-        raise ResultError(
-            "a run does not say which tasks were held out; delete its result and run it"
-            " again."
-        )
-    return (
-        [one_of_a_pair(task, result) for task in tasks]
-        if "settings" in result
-        else tasks
-    )
+    found = [_pick(document | document["result"], value) for document in documents]
+    return interval([fmean(v) if isinstance(v, list) else v for v in found])
 
 
 def _pick(document: Any, value: str) -> float | list[float]:
@@ -143,15 +112,13 @@ def _pick(document: Any, value: str) -> float | list[float]:
     return found
 
 
-def _cell(mean: Interval | float) -> str:
-    if isinstance(mean, float | int):
-        return f"{mean:.4g} (one value)"
-    return f"{mean.mean:.4g} ({mean.low:.4g} to {mean.high:.4g}, n={mean.n})"
+def _cell(found: Interval) -> str:
+    if not isfinite(found.low):
+        return f"{found.mean:.4g} (n={found.n})"
+    return f"{found.mean:.4g} ({found.low:.4g} to {found.high:.4g}, n={found.n})"
 
 
-def _draw(
-    sweep: Sweep, found: Mapping[str, list[Interval | float]], path: Path
-) -> None:
+def _draw(sweep: Sweep, found: Mapping[str, list[Interval]], path: Path) -> None:
     """One row of points with intervals a value, the groups side by side."""
     from matplotlib import pyplot
 
@@ -161,17 +128,13 @@ def _draw(
     for number, value in enumerate(sweep.values):
         shift = 0.1 * (number - (len(sweep.values) - 1) / 2)
         for place, means in enumerate(found.values()):
-            mean = means[number]
-            low, middle, high = (
-                (mean,) * 3
-                if isinstance(mean, float | int)
-                else (mean.low, mean.mean, mean.high)
-            )
-            label = value if place == 0 else None
-            axes.plot([place + shift] * 2, [low, high], color=f"C{number}", linewidth=3)
+            each, label = means[number], value if place == 0 else None
+            if isfinite(each.low):
+                ends, across = [each.low, each.high], [place + shift] * 2
+                axes.plot(across, ends, color=f"C{number}", linewidth=3)
             axes.plot(
                 place + shift,
-                middle,
+                each.mean,
                 "D",
                 color=f"C{number}",
                 markeredgecolor="white",
