@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from minisupernet.data.tasks import BinaryTasks, TaskImages, which_class
 from minisupernet.errors import FitError
 from minisupernet.optimizers import TensorFlowRMSprop
-from minisupernet.supernet import ClassVectors, SuperNet, TaskVectors
+from minisupernet.supernet import SuperNet, TaskVectors
 from minisupernet.target import WeightSpec, run_tasks
 from minisupernet.training import History, constant, frozen, one_cycle, train
 
@@ -367,8 +367,9 @@ def _check_tasks(
         )
     if isinstance(vectors, TaskVectors) and len(vectors.z) != len(tasks):
         raise FitError(f"{len(vectors.z)} task vectors do not fit {len(tasks)} tasks.")
-    own = vectors.pairs.cpu() if isinstance(vectors, ClassVectors) else None
-    if own is not None and not torch.equal(own, tasks.pairs()):
+    own = getattr(vectors, "pairs", None)  # of class vectors
+    known = own is not None and not own.is_meta
+    if known and not torch.equal(own.cpu(), tasks.pairs()):
         raise FitError(
             "these class vectors belong to other tasks; make them of the tasks that are"
             " trained."
