@@ -12,6 +12,7 @@ from minisupernet.course.runs.jobs import short_digest
 from minisupernet.course.runs.notebooks import (
     course_notebooks,
     environment,
+    find_notebook,
     stand_in_folder,
     writing,
 )
@@ -94,12 +95,13 @@ def make_book(
     return build_html(assemble(root, notebooks, folder / "source"), folder / "html")
 
 
-def refresh(root: Path) -> None:
-    """Run every notebook as it stands, quick and on Shapes-100, and store outputs and
-    notes of the run in it."""
+def refresh(root: Path, names: Sequence[str] = ()) -> None:
+    """Run the notebooks of these names or numbers, or every one, as they stand, quick
+    and on Shapes-100, and store outputs and notes of the run in them."""
     import nbformat
 
-    notebooks, folder = course_notebooks(root), root / "_build" / "refresh"
+    notebooks = [find_notebook(name, root) for name in names] or course_notebooks(root)
+    folder = root / "_build" / "refresh"
     with environment(MINISUPERNET_DATA=str(stand_in_folder(root))):
         run_notebooks(notebooks, folder, {}, root)
     for path in notebooks:

@@ -129,6 +129,9 @@ def add_notebooks(commands: argparse._SubParsersAction) -> None:
         description="Runs in _build/refresh, and then writes the outputs into the"
         " notebooks of the repository.",
     )
+    parser.add_argument(
+        "names", nargs="*", help="such as 5 or supernet; without one, every chapter"
+    )
     parser.set_defaults(run=run_notebooks)
 
 
@@ -136,7 +139,7 @@ def run_notebooks(options: argparse.Namespace) -> None:
     """Refresh the stored outputs."""
     from minisupernet.course.book import refresh
 
-    refresh(CHECKOUT)
+    refresh(CHECKOUT, options.names)
 
 
 def add_run(commands: argparse._SubParsersAction) -> None:

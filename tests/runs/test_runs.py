@@ -622,6 +622,15 @@ def test_refresh_stores_outputs_and_notes_and_changes_nothing_else(checkout):
     )
 
 
+def test_refresh_runs_only_the_notebooks_that_are_named(checkout):
+    other = checkout / "notebooks" / "02_other.ipynb"
+    write_notebook(other, "1 / 0")
+    before = other.read_bytes()
+    refresh(checkout, ["1"])
+    assert printed(checkout / "notebooks" / "01_tiny.ipynb") == "quick auto 0\n"
+    assert other.read_bytes() == before
+
+
 def test_what_a_run_notes_is_no_input(checkout):
     refresh(checkout)
     assert run_tiny(checkout) is True
