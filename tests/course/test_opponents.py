@@ -11,11 +11,15 @@ from support import ROOT, coloured_squares
 
 from minisupernet.course.records import load_runs, results_file
 from minisupernet.course.report.opponents import (
+    by_chance,
     lead,
+    leads_figure,
     leads_table,
+    opponents_figure,
     opponents_table,
     reached,
     target_sizes_table,
+    with_experiment,
 )
 from minisupernet.course.statistics import paired
 from minisupernet.course.studies import opponents
@@ -32,7 +36,7 @@ from minisupernet.course.studies.trunk import (
 from minisupernet.errors import ResultError, SetupError, StudyError
 from minisupernet.fitting import accuracy
 
-NUMBER = re.compile(r"\d+\.\d")
+NUMBER = re.compile(r"-?\d+\.\d")
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +175,37 @@ def test_the_tables_are_drawn_from_the_records_by_fold():
     lines = opponents_table(runs, 2).data.splitlines()
     assert lines[3].startswith("| head on one network | 87.0 ± 6.6 | – |")
     row = f"| head on one network | {found.percent()}: not told apart | – | – |"
-    assert leads_table(runs, 2).data.splitlines()[2:] == [row]
+    assert leads_table(runs, 2, "z_only").data.splitlines()[2:] == [row]
     sizes = target_sizes_table(runs, "z_only").data
     assert f"| 16 | 37,165 | {found.percent()}: not told apart | – | – |" in sizes
+    said = by_chance(leads_table(runs, 2, "z_only"), target_sizes_table(runs, "z_only"))
+    assert said.startswith("2 differences are judged here")
     with pytest.raises(ResultError, match="no recorded unit of experiment 1 has the"):
         reached(runs, 1, "head", 5)
+
+
+def test_an_experiment_s_own_runs_stand_beside_the_opponents():
+    units = load_runs(results_file("07_opponents.json"))
+    for experiment, (name, setup) in OWN.items():
+        own = load_runs(results_file(f"{name}.json"))
+        units = with_experiment(units, own, setup)
+        for arm, ours in (
+            ("z_only", "z_recorded"),
+            ("from_scratch", "scratch_recorded"),
+        ):
+            found = reached(units, experiment, ours, 20)
+            straight = of_folds(experiment, arm, "20")
+            assert {fold: 100 * v for (fold, _), v in found.items()} == pytest.approx(
+                straight
+            )
+    (axes,) = leads_figure(units).axes
+    assert [each.get_text() for each in axes.get_legend().get_texts()] == [
+        "experiment 1",
+        "experiment 2",
+    ]
+    (axes,) = opponents_figure(units, 1).axes
+    head = axes.get_lines()[1].get_ydata()
+    assert head[0] == pytest.approx(fmean(of_folds(1, "@head", "5").values()))
 
 
 def test_every_recorded_choice_was_made_by_one_rule():
@@ -197,42 +227,81 @@ def test_recorded_z_were_fitted_through_a_generator_that_did_not_move():
         assert run["generator"]["sha256_before"] == run["generator"]["sha256_after"]
 
 
-def lead_of_recorded(experiment: int, size: str, arm: str) -> list[float]:
-    """z minus an arm in points, a value a fold, from the records."""
-    setup = {1: "many_tasks", 2: "unseen_pairs"}[experiment]
-    name = f"{experiment + 5:02d}_experiment_{experiment}.json"
-    runs = [run for run in load_runs(results_file(name)) if run["setup"] == setup]
-    opponents = load_runs(results_file("07_opponents.json"))
-    found = []
-    for run in runs:
-        (other,) = (
-            each
-            for each in opponents
-            if each["group"] == "heads"
-            and (each["of_experiment"], each["fold"]) == (experiment, run["fold"])
-        )
-        arms = run["arms"] if size == "all" else run["few"][size]
-        ours, theirs = arms["z_only"]["test"], other["few"][size][arm]["test"]
-        found.append(100 * (fmean(ours) - fmean(theirs)))
-    return found
+OWN = {1: ("06_experiment_1", "many_tasks"), 2: ("07_experiment_2", "unseen_pairs")}
+T = 2.776  # Student's t, four degrees of freedom: five generators
 
 
-@pytest.mark.parametrize(
-    ("experiment", "size", "said"),
-    [
-        (1, "5", "leads by 7.4 points (5.9 to 8.9)"),
-        (1, "20", "3.3 (2.3 to 4.2) with 20"),
-        (1, "all", "trails by 1.4 (0.3 to 2.5)"),
-        (2, "20", "by 3.7 points (2.0 to 5.3)"),
-        (2, "all", "2.8 (1.6 to 4.1) with 450"),
-    ],
-)
-def test_what_the_readme_says_of_the_head_is_recorded(experiment, size, said):
-    values = lead_of_recorded(experiment, size, "head")
-    half = 2.776 * stdev(values) / len(values) ** 0.5  # t, four degrees of freedom
-    mean = fmean(values)
-    ends = sorted(abs(end) for end in (mean - half, mean + half))
-    assert len(values) == 5 and ends[0] > 0
-    assert [f"{each:.1f}" for each in (abs(mean), *ends)] == NUMBER.findall(said)[:3]
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert said in readme and (mean > 0) == (experiment == 1 and size != "all")
+def of_folds(experiment: int, arm: str, size: str) -> dict[int, float]:
+    """An arm's test accuracy on each fold, in percent, straight from the records; with
+    a mark in front of its name, from those of the opponents."""
+    name, setup = OWN[experiment]
+    if arm.startswith("@"):
+        runs = load_runs(results_file("07_opponents.json"))
+        asked = (experiment, 16, 2_000)
+        return {
+            run["fold"]: 100 * fmean(run["few"][size][arm[1:]]["test"])
+            for run in runs
+            if (run["of_experiment"], run["channels"], run["steps"]) == asked
+            and arm[1:] in run["few"].get(size, {})
+        }
+    runs = load_runs(results_file(f"{name}.json"))
+    return {
+        run["fold"]: 100
+        * fmean((run["arms"] if size == "all" else run["few"][size])[arm]["test"])
+        for run in runs
+        if run["setup"] == setup
+    }
+
+
+def text_of(place: str) -> str:
+    """What a reader reads: of README.md, or of a chapter's Markdown cells."""
+    path = ROOT / place
+    if path.suffix == ".md":
+        return " ".join(path.read_text(encoding="utf-8").split())
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    words = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+    return " ".join(" ".join(words).split())
+
+
+SIX, SEVEN = (f"notebooks/{name}.ipynb" for name, _ in OWN.values())
+# z minus an arm: experiment, images of a class, arm, where it is said, and the words
+SAID = [
+    (1, "5", "@head", "README.md", "leads by 7.4 points (5.9 to 8.9)"),
+    (1, "20", "@head", "README.md", "3.3 (2.3 to 4.2) with 20"),
+    (1, "all", "@head", "README.md", "trails by 1.4 (0.3 to 2.5)"),
+    (1, "5", "no_adaptation", "README.md", "z adds 0.5 (-2.9 to 3.9)"),
+    (2, "20", "@head", "README.md", "by 3.7 points (2.0 to 5.3)"),
+    (2, "all", "@head", "README.md", "2.8 (1.6 to 4.1) with 450"),
+    (2, "all", "from_scratch", "README.md", "2.3 points (1.6 to 2.9) with 450"),
+    (2, "20", "from_scratch", "README.md", "by 5.9 (4.2 to 7.5) with 20"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "size", "arm", "place", "said"), SAID)
+def test_what_is_said_of_z_against_an_arm_is_recorded(
+    experiment, size, arm, place, said
+):
+    ours = of_folds(experiment, "z_only", size)
+    theirs = of_folds(experiment, arm, "all" if arm == "no_adaptation" else size)
+    values = [ours[fold] - theirs[fold] for fold in ours]
+    half, mean = T * stdev(values) / len(values) ** 0.5, fmean(values)
+    behind = any(word in said for word in ("trails", "behind", "lower"))
+    behind = behind or (arm == "@head" and experiment == 2)
+    numbers = [mean, mean - half, mean + half]
+    if behind:
+        numbers = [-mean, -mean - half, half - mean]
+    assert len(values) == 5
+    assert [f"{each:z.1f}" for each in numbers] == NUMBER.findall(said)[:3]
+    assert said in text_of(place)
+
+
+def test_what_the_mean_z_reaches_is_recorded():
+    found = of_folds(1, "no_adaptation", "all")
+    assert f"starts at {fmean(found.values()):.1f} %" in text_of("README.md")
+
+
+def test_the_head_leads_in_experiment_2_at_every_number_of_images():
+    for size in ("5", "10", "20", "50", "100", "all"):
+        ours, theirs = of_folds(2, "z_only", size), of_folds(2, "@head", size)
+        values = [theirs[fold] - ours[fold] for fold in ours]
+        assert fmean(values) > T * stdev(values) / len(values) ** 0.5

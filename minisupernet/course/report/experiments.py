@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from minisupernet.course.plots import COLOURS, ladder, new_figure, table
 from minisupernet.course.records import task_means, unit_means
-from minisupernet.course.report.opponents import OPPONENT_NAMES, lead
+from minisupernet.course.report.opponents import OPPONENT_NAMES, lead, with_experiment
 from minisupernet.course.statistics import Interval, interval, verdict
 
 if TYPE_CHECKING:
@@ -298,9 +298,9 @@ def aims_table(
     ]
     if opponents:
         number = next(run["experiment"] for run in runs)
-        head = OPPONENT_NAMES["head_32"]
+        units, head = with_experiment(opponents, runs, setup), OPPONENT_NAMES["head_32"]
         aims += [
-            (size, head, least, lead(opponents, number, "z_only", "head_32", size))
+            (size, head, least, lead(units, number, "z_recorded", "head_32", size))
             for size, least in HEAD_AIMS
         ]
     rows = [
