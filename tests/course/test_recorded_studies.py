@@ -20,6 +20,11 @@ CHECKSUMS = {
 }  # how those of the real images begin
 
 
+RECORDED = [
+    name for name, study in STUDIES.items() if results_file(study.result).exists()
+]  # a study that is new has no record before its first unit has ended
+
+
 def full(study: str) -> list[dict]:
     return [
         run
@@ -28,7 +33,7 @@ def full(study: str) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", RECORDED)
 def test_runs_are_whole_and_say_where_they_come_from(study):
     runs, keys = full(study), ("seed", *STUDIES[study].unit)
     told_apart = {tuple(run[key] for key in keys) for run in runs}
@@ -47,8 +52,8 @@ def test_runs_are_whole_and_say_where_they_come_from(study):
 
 
 def test_no_recorded_path_or_user_name():
-    for study in STUDIES.values():
-        text = results_file(study.result).read_text(encoding="utf-8")
+    for name in RECORDED:
+        text = results_file(STUDIES[name].result).read_text(encoding="utf-8")
         assert not any(word in text for word in ("/home/", "/tmp/", "/root", "\\\\"))
 
 

@@ -53,6 +53,11 @@ STUDIES = {
         },
     ),
     "pudnet": Study("08_pudnet.json", "cifar100"),
+    "pudnet_family": Study(
+        "08_pudnet_family.json",
+        "cifar100",
+        {"arm": "pudnet", "changes": "colours", "channels": 8, "steps": 6_000},
+    ),
 }
 
 
