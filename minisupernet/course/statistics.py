@@ -7,7 +7,7 @@ Those are averaged within their unit.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,10 +78,11 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
     return interval([a - b for a, b in zip(first, second, strict=True)])
 
 
-def difference(first: dict[int, float], second: dict[int, float]) -> Interval:
-    """The paired difference of two arms over the tasks that both measured."""
+def difference(first: Mapping[tuple, float], second: Mapping[tuple, float]) -> Interval:
+    """The paired difference of two arms over the units that both measured, such as
+    {(fold, seed): accuracy}."""
     both = sorted(first.keys() & second.keys())
-    return paired([first[task] for task in both], [second[task] for task in both])
+    return paired([first[unit] for unit in both], [second[unit] for unit in both])
 
 
 def verdict(found: Interval) -> str:

@@ -479,7 +479,8 @@ def recorded_run(seed: int) -> dict:
         "episodes": {
             "unseen": {"pudnet": [0.5, 0.6 + 0.1 * seed], "one_network": [0.4, 0.6]}
         },
-        "pairs": {"numbers": [seed, seed + 10], "pudnet": [0.7, 0.8]},
+        "seed": seed,
+        "pairs": {"numbers": [seed, seed + 10], "pudnet": [0.7, 0.8 + 0.1 * seed]},
         "training": {"pudnet": {"seconds": 300.0}, "one_network": {"seconds": 200.0}},
         "datasets": {
             "predicted": made,
@@ -493,7 +494,7 @@ def test_recorded_runs_are_read_as_they_were_written():
     runs = [recorded_run(0), recorded_run(1)]
     assert on_episodes(runs, "unseen", "pudnet") == pytest.approx([0.55, 0.6])
     assert against(runs, "unseen", "pudnet", "one_network").mean == pytest.approx(0.075)
-    assert on_pairs(runs, "pudnet") == {0: 0.7, 10: 0.8, 1: 0.7, 11: 0.8}
+    assert on_pairs(runs, "pudnet") == pytest.approx({(0, 0): 0.75, (1, 1): 0.8})
     seconds, accuracy = accuracy_over_time(runs, "scratch")
     assert seconds == [1.0, 4.0, 100.0] and accuracy == pytest.approx([0.4, 0.6, 0.9])
     with pytest.raises(

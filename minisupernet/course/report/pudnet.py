@@ -80,15 +80,11 @@ def against(runs: Sequence[dict], place: str, first: str, second: str) -> Interv
     return paired(on_episodes(runs, place, first), on_episodes(runs, place, second))
 
 
-def on_pairs(runs: Sequence[dict], arm: str) -> dict[int, float]:
-    """Accuracy of an arm's two-class networks on the held-out pairs: {number of the
-    task in experiment 2: accuracy}.
+def on_pairs(runs: Sequence[dict], arm: str) -> dict[tuple[int, int], float]:
+    """Accuracy of an arm's two-class networks on held-out pairs, a mean a seed, whose
+    pairs are those of the fold of the same number: {(fold, seed): accuracy}.
     """
-    return {
-        n: value
-        for run in runs
-        for n, value in zip(run["pairs"]["numbers"], run["pairs"][arm], strict=True)
-    }
+    return {(run["seed"], run["seed"]): fmean(run["pairs"][arm]) for run in runs}
 
 
 def accuracy_over_time(
