@@ -8,19 +8,17 @@ import pytest
 from support import ROOT
 
 from minisupernet.course.report import side_by_side
+from minisupernet.course.report.opponents import lead, reached
 from minisupernet.course.report.side_by_side import (
     ON_PAIRS,
     Comparison,
     comparisons,
     comparisons_figure,
     comparisons_table,
-    heads_figure,
     heads_table,
     same_pairs,
-    z_less,
 )
-from minisupernet.course.statistics import difference, verdict
-from minisupernet.errors import ResultError
+from minisupernet.course.statistics import Interval, difference, interval, verdict
 from minisupernet.supernet import SuperNet
 from minisupernet.target import TaskClassifier, WeightSpec
 
@@ -68,25 +66,8 @@ def test_every_system_is_held_against_its_controls(records):
     assert [row.found.n for row in heads] == [5, 5]
 
 
-def test_z_and_a_head_are_compared_fold_by_fold():
-    def fold(number, z):
-        arms = {"z_only": {"test": [z, z]}}
-        run = {"setup": "many_tasks", "fold": number, "seed": number, "settings": {}}
-        return {**run, "held_out": [0, 1], "trained": {"right_z": []}, "arms": arms}
-
-    def heads(number, value):
-        few = {"all": {"head": {"test": [value]}}}
-        unit = {"of_experiment": 1, "fold": number, "seed": number}
-        return {**unit, "channels": 16, "steps": 2_000, "few": few}
-
-    drawn = {
-        "experiment_1": [fold(0, 0.5), fold(1, 0.6), fold(2, 0.9)],
-        "opponents": [heads(2, 0.6), heads(0, 0.4)],
-    }
-    found = z_less(drawn, 1, "head")
-    assert found.mean == pytest.approx(0.2) and found.n == 2
-    with pytest.raises(ResultError, match="has the arm 'lora'"):
-        z_less(drawn, 1, "lora")
+def z_less(records: dict, experiment: int, arm: str, size: int | None) -> Interval:
+    return lead(records["opponents"], experiment, "z_recorded", arm, size)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +98,17 @@ def test_where_chapter_9_calls_z_and_a_head_level(records, chapter):
         assert verdict(z_less(records, 2, "head_32", size)) == "lower"
     few = [verdict(z_less(records, 1, "head_32", size)) for size in (5, 10, 20, 50)]
     assert few == ["higher"] * 4
-    assert verdict(z_less(records, 1, "head_32")) == "not told apart"
+    assert verdict(z_less(records, 1, "head_32", None)) == "not told apart"
     rows = heads_table(records).data.splitlines()[2:]
     sizes = [row.split(" | ")[0].strip("| ") for row in rows]
     assert sizes == ["5", "10", "20", "50", "100", "450"]
-    (axes,) = heads_figure(records).axes
-    found = z_less(records, 2, "head", 20)
-    assert axes.containers[1].lines[0].get_ydata()[2] == pytest.approx(100 * found.mean)
+
+
+def test_what_chapter_9_says_of_the_lead_where_one_class_is_known(records, chapter):
+    nothing = interval(reached(records["opponents"], 1, "no_adaptation").values())
+    assert f"nothing fitted, reaches {100 * nothing.mean:.1f} %" in chapter
+    assert "With 5 images a fitted z is not told apart from it" in chapter
+    assert verdict(z_less(records, 1, "no_adaptation", 5)) == "not told apart"
 
 
 def test_what_chapter_9_says_of_the_static_network(records, chapter):
@@ -180,7 +165,10 @@ def test_the_same_pairs_are_unseen_by_all(records):
     arms = same_pairs(records)
     units = [set(means) for means in arms.values()]
     assert all(each == units[0] == {(0, 0), (1, 1), (2, 2)} for each in units)
-    held_out = {run["fold"]: run["held_out"][:10] for run in records["opponents"]}
+    heads = [run for run in records["opponents"] if run["group"] == "heads"]
+    held_out = {
+        run["fold"]: run["held_out"] for run in heads if run["of_experiment"] == 2
+    }
     for run in records["pudnet"]:
         pairs = set(run["pairs"]["numbers"])
         assert pairs == {number % 50 for number in held_out[run["seed"]]}

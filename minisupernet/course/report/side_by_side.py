@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from minisupernet.course.plots import COLOURS, new_figure, table
 from minisupernet.course.records import load_runs, results_file, unit_means
-from minisupernet.course.report.opponents import reached
+from minisupernet.course.report.opponents import lead, reached, with_experiment
 from minisupernet.course.report.pudnet import on_episodes, on_pairs
 from minisupernet.course.statistics import Interval, difference, interval, verdict
-from minisupernet.course.studies.net2net import choose
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -22,13 +21,11 @@ __all__ = [
     "comparisons",
     "comparisons_figure",
     "comparisons_table",
-    "heads_figure",
     "heads_table",
     "read_records",
     "same_pairs",
     "same_pairs_differences",
     "same_pairs_table",
-    "z_less",
 ]
 
 Records = Mapping[str, Sequence[dict]]
@@ -74,12 +71,17 @@ class Comparison:
 
 
 def read_records() -> dict[str, list[dict]]:
-    """The full runs of every chapter, by the name of what was studied."""
-    found = {name: load_runs(results_file(file)) for name, file in FILES.items()}
-    return {
+    """The full runs of every chapter, by the name of what was studied; the opponents
+    with what z reached in the experiments' own runs beside them."""
+    read = {name: load_runs(results_file(file)) for name, file in FILES.items()}
+    found = {
         name: [run for run in runs if run.get("profile", "full") == "full"]
-        for name, runs in found.items()
+        for name, runs in read.items()
     }
+    for number, setup in SETUPS.items():
+        own = found[f"experiment_{number}"]
+        found["opponents"] = with_experiment(found["opponents"], own, setup)
+    return found
 
 
 def comparisons(records: Records) -> list[Comparison]:
@@ -92,8 +94,9 @@ def comparisons(records: Records) -> list[Comparison]:
 
 def _grown(records: Records) -> list[tuple]:
     def test(run: dict, phase: str, arm: str) -> float:
-        tried = run["phases"][phase][arm]
-        return tried[choose(tried)]["test"]  # by the schedule that validation chose
+        """By the schedule that is better on validation images."""
+        tried = run["phases"][phase][arm].values()
+        return max(tried, key=lambda each: each["validation"])["test"]
 
     asked = [
         ("Net2Net, wider", "wider", "random units", "random"),
@@ -174,9 +177,16 @@ def _supernet(records: Records) -> list[tuple]:
                 values = unit_means(runs, name, "z_only", None, arm).values()
                 found.append((system, control, tuple(values)))
             if setup == "many tasks":
-                values = _z_less(records, experiment, "head", None).values()
-                found.append((system, "a head on one network", tuple(values)))
+                values = _z_less_head(records, experiment)
+                found.append((system, "a head on one network", values))
     return found
+
+
+def _z_less_head(records: Records, experiment: int) -> tuple[float, ...]:
+    ours, theirs = (
+        reached(records["opponents"], experiment, arm) for arm in ("z_recorded", "head")
+    )
+    return tuple(ours[unit] - theirs[unit] for unit in ours if unit in theirs)
 
 
 def _pudnet(records: Records) -> list[tuple]:
@@ -234,65 +244,26 @@ def comparisons_figure(rows: Sequence[Comparison]) -> "Figure":
     return figure
 
 
-def z_less(
-    records: Records, experiment: int, arm: str, size: int | None = None
-) -> Interval:
-    """z of the generator of many tasks minus an arm on one shared network, as a t
-    interval over folds.
-
-    Args:
-        experiment: 1, or 2 on unseen pairs.
-        arm: such as "head", "head_32" or "nearest_mean".
-        size: training images of each class; None for all.
-
-    Raises:
-        ResultError: where either was not recorded.
-    """
-    return interval(_z_less(records, experiment, arm, size).values())
-
-
-def _z_less(
-    records: Records, experiment: int, arm: str, size: int | None
-) -> dict[tuple[int, int], float]:
-    runs = records[f"experiment_{experiment}"]
-    ours = unit_means(runs, SETUPS[experiment], "z_only", size)
-    theirs = reached(records["opponents"], experiment, arm, size)
-    return {unit: ours[unit] - theirs[unit] for unit in ours if unit in theirs}
-
-
 def heads_table(records: Records) -> "Markdown":
     """z minus a head on one shared network, of its 100 features and of 32 directions,
-    at every number of images, and the verdict on z."""
-    asked = [(experiment, arm) for experiment in SETUPS for arm in ("head", "head_32")]
+    at every number of images, and the verdict on z; and where one class is known, z
+    minus the mean z, with nothing fitted."""
+    asked = {
+        "experiment 1: z − a head": (1, "head"),
+        "z − one of 33 numbers": (1, "head_32"),
+        "z − nothing fitted": (1, "no_adaptation"),
+        "experiment 2: z − a head": (2, "head"),
+        "z − one of 33 numbers ": (2, "head_32"),
+    }
     rows = []
     for size in SIZES:
-        found = [z_less(records, experiment, arm, size) for experiment, arm in asked]
+        found = [
+            lead(records["opponents"], experiment, "z_recorded", arm, size)
+            for experiment, arm in asked.values()
+        ]
         said = [f"{each.percent()}: {verdict(each)}" for each in found]
         rows.append([size or ALL_IMAGES, *said])
-    heads = {"head": "a head", "head_32": "one of 33 numbers"}
-    names = [f"experiment {experiment}: z − {heads[arm]}" for experiment, arm in asked]
-    return table(["images of a class", *names], rows)
-
-
-def heads_figure(records: Records) -> "Figure":
-    """z minus a head on one shared network against the images of a class, with t
-    intervals over folds."""
-    figure, axes = new_figure(width=5.5, height=3.2)
-    sizes = [size or ALL_IMAGES for size in SIZES]
-    names = {1: "one class is known (experiment 1)", 2: "both are new (experiment 2)"}
-    for (experiment, name), shift in zip(names.items(), (0.97, 1.03), strict=True):
-        found = [z_less(records, experiment, "head", size) for size in SIZES]
-        mean = [100 * each.mean for each in found]
-        half = [100 * (each.high - each.mean) for each in found]
-        places = [shift * size for size in sizes]
-        axes.errorbar(places, mean, half, marker="o", capsize=3, label=name)
-    axes.axhline(0, color=COLOURS[-1], linestyle="--", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xticks(sizes, sizes)
-    axes.minorticks_off()
-    axes.set(xlabel="training images of each class", ylabel="z minus head (points)")
-    axes.legend()
-    return figure
+    return table(["images of a class", *asked], rows)
 
 
 def same_pairs(records: Records) -> dict[str, dict[tuple[int, int], float]]:
