@@ -24,9 +24,9 @@ from minisupernet.course.report.opponents import (
 from minisupernet.course.statistics import paired
 from minisupernet.course.studies import opponents
 from minisupernet.course.studies.arms import Fold
-from minisupernet.course.studies.opponents import GROUPS, measure
+from minisupernet.course.studies.opponents import GROUPS, Prior, measure
 from minisupernet.course.studies.rates import best_rate
-from minisupernet.course.studies.setups import unseen_pairs
+from minisupernet.course.studies.setups import many_tasks, unseen_pairs
 from minisupernet.course.studies.trunk import (
     Lesson,
     TaskFeatures,
@@ -305,3 +305,21 @@ def test_the_head_leads_in_experiment_2_at_every_number_of_images():
         ours, theirs = of_folds(2, "z_only", size), of_folds(2, "@head", size)
         values = [theirs[fold] - ours[fold] for fold in ours]
         assert fmean(values) > T * stdev(values) / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("experiment", [1, 2])
+def test_a_prior_knows_the_classes_that_training_met(squares, experiment):
+    setup = (many_tasks if experiment == 1 else unseen_pairs)(experiment, "quick")
+    training = replace(setup.training, steps=1)
+    fold = Fold.of(replace(setup, channels=4, training=training), squares, 0, 0)
+    trained = fold.train()
+    half = len(fold.held_out) // experiment  # of a pair, one orientation
+    tasks = fold.tasks.select(fold.held_out[:half])
+    prior, met = Prior.of(trained, tasks), fold.training_tasks().classes
+    others = trained.u[[n for n, c in enumerate(met) if c not in tasks.classes]]
+    mean = torch.zeros(32)
+    if experiment == 1:  # the last class is in every question
+        mean = others.mean(0) - trained.u[-1]
+    assert torch.allclose(prior.mean, mean.expand(half, -1), atol=1e-6)
+    covariance = experiment * torch.cov(others.T)
+    assert torch.allclose(prior.root @ prior.root.T, covariance, atol=1e-6)

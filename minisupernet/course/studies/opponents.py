@@ -13,8 +13,8 @@ one fold, on a target of so many `channels`, its trunk or generator trained for 
 * `from_trunk`: the trunk of `heads` with its `head`, from which are fitted `biases`,
   `lora` (each weight matrix plus a product of two vectors) and `trunk_fine_tuned`.
 * `prior`: the generator, and z fitted from the mean of the trained ones, `z_only`, or
-  with a prior, `z_prior`: z = L e with L L' twice the covariance of the class vectors,
-  and |e|^2 / 2 added to the summed loss.
+  with a `Prior`, `z_prior`: z = m + L e, and |e|^2 / 2 added to the summed loss. Of two
+  new classes m is 0 and L L' twice the covariance of the class vectors.
 * `scratch`: all weights from PyTorch's start and from that of He and others (2015), in
   300, 1,000 and 3,000 steps; `scratch_longest` and `he_longest` in 10,000.
 * `fine_tuned` and `fine_tuned_longest`: the same from the generator's mean z.
@@ -48,7 +48,7 @@ from minisupernet.course.studies.trunk import (
     measure_nearest_mean,
 )
 from minisupernet.data import ImageSet
-from minisupernet.data.tasks import TaskImages
+from minisupernet.data.tasks import BinaryTasks, TaskImages
 from minisupernet.errors import StudyError
 from minisupernet.files import whole_file
 from minisupernet.fitting import Fit, fit_alone, fit_weights
@@ -56,7 +56,7 @@ from minisupernet.seeds import step_generator
 from minisupernet.target import run_tasks
 from minisupernet.training import frozen
 
-__all__ = ["GROUPS", "Settings", "check_unit", "measure"]
+__all__ = ["GROUPS", "Prior", "Settings", "check_unit", "measure"]
 
 Weights = dict[str, Tensor]
 Report = Callable[[str], None]
@@ -124,6 +124,31 @@ class Unit:
     @property
     def _so_far(self) -> Path:
         return self.checkpoint.with_suffix(".so_far")
+
+
+class Prior(NamedTuple):
+    """What is known of new tasks' z = u_a - u_b before their images are seen: normal,
+    with this `mean` (T, z_dim) and covariance L L', L being the `root`.
+
+    A class that training asked about has its vector; one that is new is drawn as the
+    others were.
+    """
+
+    mean: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, trained: Trained, tasks: BinaryTasks) -> "Prior":
+        """That of these held-out tasks, each of which has as many new classes."""
+        met = dict(zip(trained.fold.training_tasks().classes, trained.u, strict=True))
+        others = torch.stack([u for c, u in met.items() if c not in tasks.classes])
+        first, second = (
+            torch.stack([met.get(c, others.mean(0)) for c in side])
+            for side in (tasks.positive, tasks.negative)
+        )
+        new = sum(c not in met for c in (tasks.positive[0], tasks.negative[0]))
+        values, directions = torch.linalg.eigh(new * torch.cov(others.T))
+        return cls(first - second, directions * values.clamp(min=0).sqrt())
 
 
 class Plan(NamedTuple):
@@ -263,18 +288,15 @@ def _from_trunk(unit: Unit) -> Plan:
 
 def _prior(unit: Unit) -> Plan:
     trained = unit.fold.train(unit.checkpoint)
-    before, z_dim = fingerprint(trained.generator), unit.fold.setup.z_dim
-    # L with L L' = 2 S, from S the covariance of the class vectors
-    values, directions = torch.linalg.eigh(2 * torch.cov(trained.u.T))
-    root = directions * values.clamp(min=0).sqrt()
+    before = fingerprint(trained.generator)
+    prior = Prior.of(trained, unit.fold.tasks.select(unit.numbers))
 
     def arms_of(data: TaskImages) -> Arms:
         fitted = partial(_fitted, unit, data)
-        plain = partial(_fit_z, trained, data, trained.mean_z(), None)
-        prior = partial(_fit_z, trained, data, torch.zeros(z_dim), root)
+        plain = partial(_fit_z, trained, data)
         return {
-            "z_only": lambda: fitted(3e-3, plain),
-            "z_prior": lambda: fitted(3e-2, prior),
+            "z_only": lambda: fitted(3e-3, partial(plain, None)),
+            "z_prior": lambda: fitted(3e-2, partial(plain, prior)),
         }
 
     def about() -> dict:
@@ -284,7 +306,7 @@ def _prior(unit: Unit) -> Plan:
                 "sha256_after": fingerprint(trained.generator),
             },
             "history": trained.history.rows,
-            "prior": rounded(values.flip(0)),
+            "prior": rounded(prior.root.square().sum(0).flip(0)),
         }
 
     return Plan(unit.settings.sizes, arms_of, about)
@@ -377,22 +399,24 @@ def _fit_lora(fold: Fold, data: TaskImages, start: Tensor, fit: Fit) -> Weights:
 
 
 def _fit_z(
-    trained: Trained, data: TaskImages, start: Tensor, root: Tensor | None, fit: Fit
+    trained: Trained, data: TaskImages, prior: Prior | None, fit: Fit
 ) -> Weights:
-    """Fit z itself or, with a `root` L, the e of z = L e under the prior."""
+    """Fit z itself, from the mean of the trained ones, or the e of z = mean + L e under
+    a prior."""
     fold, generator = trained.fold, trained.generator
+    start = trained.mean_z() if prior is None else torch.zeros(generator.z_dim)
     e = nn.Parameter(start.expand(len(data.tasks), -1).clone())
     counts = data.splits["train"].counts[data.classes].sum(1, keepdim=True)  # (T, 1)
 
     def weights() -> Weights:
-        return generator(e if root is None else e @ root.T)
+        return generator(e if prior is None else prior.mean + e @ prior.root.T)
 
     def penalty() -> Tensor:
         return (e.square() / (2 * counts)).sum()  # the loss is a mean over the images
 
-    state, prior = nn.ParameterDict({"e": e}), None if root is None else penalty
+    state, added = nn.ParameterDict({"e": e}), None if prior is None else penalty
     with frozen(generator):
-        fit_alone(state, weights, [], [e], fold.target, data, fit, penalty=prior)
+        fit_alone(state, weights, [], [e], fold.target, data, fit, penalty=added)
     with torch.no_grad():
         return weights()
 
