@@ -268,13 +268,20 @@ def _differentiable(
             "a HyperLSTM with recurrent dropout has no second derivative in training"
             " mode; call .eval() or set recurrent_dropout=0."
         )
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    outputs = plain_sequence(inputs, delayed)
+    # each place has a name of its own, so that one tensor in two counts once in each
+    named = HyperInputs(*(tensor.view_as(tensor) for tensor in inputs))
+    wanted = [place for place, own in enumerate(named) if own.requires_grad]
+    outputs = zip(plain_sequence(named, delayed), gradients, strict=True)
+    reached = [pair for pair in outputs if pair[0].requires_grad]
     found = torch.autograd.grad(
-        outputs, wanted, gradients, create_graph=True, allow_unused=True
+        [output for output, _ in reached],
+        [named[place] for place in wanted],
+        [gradient for _, gradient in reached],
+        create_graph=True,
+        allow_unused=True,
     )
-    of = {id(tensor): gradient for tensor, gradient in zip(wanted, found, strict=True)}
-    return [of.get(id(tensor)) for tensor in inputs]
+    of = dict(zip(wanted, found, strict=True))
+    return [of.get(place) for place in range(len(inputs))]
 
 
 def _back(

@@ -676,6 +676,32 @@ def test_the_second_derivative_is_that_of_the_loop(delayed):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize("shared", [(0, 1, 2, 3), (0, 1), (1,), (2,)])
+def test_one_tensor_in_several_places_counts_once_in_each(delayed, steps, shared):
+    """States that are one tensor, in first and second derivatives; where the others
+    need no gradient, outputs that none of them reaches need none either.
+    """
+    network = HyperLSTM(3, 4, hyper_size=4, n_z=2, delayed=delayed).double()
+    cell, own = stirred(network).requires_grad_(False).cells[0], random_state([4], 2)[0]
+    x = torch.randn(steps, 2, 3, dtype=torch.float64)
+    others = random_state([4] * 4, 2)
+
+    def derivatives(run) -> list[torch.Tensor]:
+        s = own.clone().requires_grad_()
+        state = tuple(s if k in shared else others[k] for k in range(4))
+        outputs, last = run(cell.prepare(x), state)
+        loss = sum(each.sin().sum() for each in (outputs, *last))
+        (first,) = torch.autograd.grad(loss, s, create_graph=True)
+        return [first, *torch.autograd.grad(first.square().sum(), s)]
+
+    quick = derivatives(cell.run)
+    plain = derivatives(lambda *inputs: RecurrentCell.run(cell, *inputs))
+    for one, other in zip(quick, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_gradients_hold_against_differences():
     network = loosened()
     x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
