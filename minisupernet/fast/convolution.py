@@ -17,14 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from minisupernet.errors import TargetError
+
 __all__ = ["FastConvolutions", "TaskConvolution"]
 
 BLOCK = 8  # channels in a register: grouped kernels are quick for whole multiples
 
 
+DTYPES = torch.float32, torch.float64  # the others gain nothing, or round otherwise
+
+
 class FastConvolutions(TorchFunctionMode):
     """Inside the block, `conv2d` is `TaskConvolution` wherever that can do it;
-    everything else is as it was.
+    everything else is as it was: other devices and dtypes, autocast, groups, dilation.
     """
 
     def __torch_function__(
@@ -48,18 +53,33 @@ def _plan(
     """The arguments of a `TaskConvolution` of one task; None for the convolutions it
     leaves to PyTorch.
     """
-    if (
-        isinstance(padding, str)
-        or groups != 1
-        or _pair(dilation) != [1, 1]
-        or input.ndim != 4
-    ):
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    if not _is_ordinary(*tensors) or torch.is_autocast_enabled("cpu"):
         return None
-    return input, weight, bias, _pair(stride), _pair(padding)
+    sizes = [_pair(value) for value in (stride, padding, dilation)]
+    if None in sizes or sizes[2] != [1, 1] or groups != 1 or input.ndim != 4:
+        return None
+    return input, weight, bias, *sizes[:2]
 
 
-def _pair(value: int | tuple[int, ...]) -> list[int]:
-    return [value, value] if isinstance(value, int) else [*value] * (2 // len(value))
+def _is_ordinary(*tensors: Tensor) -> bool:
+    """Whether all are of one dtype in which this is tested, and on the CPU."""
+    return all(
+        isinstance(tensor, Tensor)
+        and tensor.dtype == tensors[0].dtype
+        and tensor.dtype in DTYPES
+        and tensor.device.type == "cpu"
+        for tensor in tensors
+    )
+
+
+def _pair(value: object) -> list[int] | None:
+    """A size for both axes; None for what is not one or two whole numbers."""
+    sides = [value] * 2 if isinstance(value, int) else value
+    if not isinstance(sides, list | tuple) or len(sides) not in (1, 2):
+        return None
+    plain = all(isinstance(side, int) for side in sides)
+    return [*sides] * (2 // len(sides)) if plain else None
 
 
 class TaskConvolution(torch.autograd.Function):
@@ -67,7 +87,10 @@ class TaskConvolution(torch.autograd.Function):
     None -> (B, T, O, H', W').
 
     Under `vmap` the mapped axis joins the task axis, so that one rule serves any
-    nesting.
+    nesting. Autocast changes nothing here.
+
+    Raises:
+        TargetError: for tensors that are not float32 or float64 on the CPU.
     """
 
     @staticmethod
@@ -79,28 +102,9 @@ class TaskConvolution(torch.autograd.Function):
         padding: list[int],
     ) -> Tensor:
         """Convolve each task's images with its own kernels."""
-        tasks = len(weight)
-        if _blocked(weight):
-            flat_bias = None if bias is None else bias.flatten()
-            flat = F.conv2d(
-                x.flatten(1, 2),
-                weight.flatten(0, 1),
-                flat_bias,
-                stride,
-                padding,
-                1,
-                tasks,
-            )
-            return flat.unflatten(1, (tasks, -1))
-        own_bias = [None] * tasks if bias is None else bias.unbind()
-        alone = zip(x.unbind(1), weight.unbind(), own_bias, strict=True)
-        return torch.stack(
-            [
-                F.conv2d(images, kernel, b, stride, padding)
-                for images, kernel, b in alone
-            ],
-            1,
-        )
+        _check(x, weight, *([] if bias is None else [bias]))
+        with torch.autocast("cpu", enabled=False):
+            return _convolve(x, weight, bias, stride, padding)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -113,14 +117,13 @@ class TaskConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the images, kernels and bias, those alone that are asked for."""
-        x, weight = ctx.saved_tensors
+        given = (gradient, *ctx.saved_tensors, ctx.stride, ctx.padding)
         for_x = for_weight = for_bias = None
-        if ctx.needs_input_grad[0]:
-            for_x = _gradient_of_images(gradient, x, weight, ctx.stride, ctx.padding)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            for_weight, for_bias = _gradient_of_kernels(
-                gradient, x, weight, ctx.stride, ctx.padding
-            )
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[0]:
+                for_x = _gradient_of_images(*given)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                for_weight, for_bias = _gradient_of_kernels(*given)
         return for_x, for_weight, for_bias if ctx.has_bias else None, None, None
 
     @staticmethod
@@ -154,6 +157,32 @@ class TaskConvolution(torch.autograd.Function):
             ),
             1,
         )
+
+
+def _check(*tensors: Tensor) -> None:
+    if not _is_ordinary(*tensors):
+        found = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        raise TargetError(
+            "the convolutions of many networks take float32 or float64 on the CPU, all"
+            f" in one dtype, not {found}; use run_tasks, which leaves others to"
+            " PyTorch."
+        )
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list, padding: list
+) -> Tensor:
+    """In one call where blocks fit, else task by task."""
+    tasks = len(weight)
+    if _blocked(weight):
+        own = None if bias is None else bias.flatten()
+        flat = x.flatten(1, 2), weight.flatten(0, 1), own
+        made = F.conv2d(*flat, stride, padding, 1, tasks)
+        return made.unflatten(1, (tasks, -1))
+    own = [None] * tasks if bias is None else bias.unbind()
+    alone = zip(x.unbind(1), weight.unbind(), own, strict=True)
+    made = [F.conv2d(*each, stride, padding) for each in alone]
+    return torch.stack(made, 1)
 
 
 def _join(

@@ -2,6 +2,7 @@
 ones left to PyTorch.
 """
 
+import contextlib
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F
 
+from minisupernet.errors import TargetError
 from minisupernet.fast import convolution as fast_convolution
 from minisupernet.fast.convolution import FastConvolutions, TaskConvolution
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
@@ -242,3 +244,83 @@ def test_outside_vmap_the_mode_gives_pytorchs_convolution():
     with FastConvolutions():
         quick = layer(images)
     torch.testing.assert_close(quick, layer(images))
+
+
+def drawn(dtype: torch.dtype) -> list[Tensor]:
+    """Images, kernels and bias that want gradients, as the quick way would take."""
+    random = torch.Generator().manual_seed(0)
+    shapes = ((2, 8, 7, 7), (8, 8, 3, 3), (8,))
+    return [
+        torch.randn(shape, generator=random).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "float64", "bfloat16", "float16", "complex64", "complex128"],
+)
+def test_alone_the_mode_is_pytorch_in_every_dtype(dtype, autocast):
+    """The result's dtype, its values and all gradients, the latter taken inside the
+    autocast block too.
+    """
+    results = []
+    for mode in (contextlib.nullcontext(), FastConvolutions()):
+        inputs = drawn(getattr(torch, dtype))
+        with mode, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = F.conv2d(*inputs, 2, 1)
+            total = outputs.abs().square().sum().float()
+            results.append([outputs, *torch.autograd.grad(total, inputs)])
+    close = {"rtol": 1e-5, "atol": 1e-4}
+    for quick, plain in zip(*results, strict=True):
+        torch.testing.assert_close(quick, plain, **close)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, w, b: F.conv2d(x, w.double(), b),
+        lambda x, w, b: F.conv2d(x, w, b.bfloat16()),
+        lambda x, w, b: F.conv2d(x, w[:, :5], b),
+        lambda x, w, b: F.conv2d(x, w, b, stride=0),
+        lambda x, w, b: F.conv2d(x, w, b, stride=(1, 1, 1)),
+        lambda x, w, b: F.conv2d(x, w, b, padding=-1),
+        lambda x, w, b: F.conv2d(x[0, 0], w, b),
+    ],
+)
+def test_what_pytorch_refuses_the_mode_refuses_in_its_words(wrong):
+    inputs, said = drawn(torch.float32), []
+    for mode in (contextlib.nullcontext(), FastConvolutions()):
+        with mode, pytest.raises((RuntimeError, TypeError, ValueError)) as caught:
+            wrong(*inputs)
+        said.append(str(caught.value)[:60])
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64", "int64"])
+def test_the_node_itself_refuses_other_dtypes(dtype):
+    x, weight = torch.ones(2, 1, 3, 8, 8), torch.ones(1, 4, 3, 3, 3)
+    for one, other in ((x.to(getattr(torch, dtype)), weight), (x, weight.double())):
+        with pytest.raises(TargetError, match="float32 or float64 on the CPU, all in"):
+            TaskConvolution.apply(one, other, None, [1, 1], [0, 0])
+
+
+def test_a_gradient_taken_under_autocast_keeps_its_precision():
+    layer = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+    weights, images = case(layer, (8, 9, 8), torch.float32)
+    results = []
+    for autocast in (False, True):
+        outputs = run_tasks(layer, weights, images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(torch.autograd.grad(outputs.square().sum(), images)[0])
+    assert torch.equal(*results)
+
+
+def test_no_images_are_no_outputs():
+    for mode in (contextlib.nullcontext(), FastConvolutions()):
+        x, *rest = drawn(torch.float32)
+        with mode:
+            outputs = F.conv2d(x[:0], *rest, 2, 1)
+        assert outputs.shape == (0, 8, 4, 4)
+        assert not torch.autograd.grad(outputs.sum(), rest[0])[0].any()
