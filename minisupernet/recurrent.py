@@ -5,6 +5,8 @@ Also the baseline of chapter 4, an LSTM with layer normalisation.
 """
 
 import inspect
+from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ __all__ = [
     "RecurrentCell",
     "State",
     "by_gate",
+    "check_sizes",
     "orthogonal_blocks",
 ]
 
@@ -38,6 +41,37 @@ def orthogonal_blocks(blocks: int, rows: int, columns: int) -> Tensor:
 def by_gate(sums: Tensor, gates: int = 4) -> Tensor:
     """(B, gates * size) to a view (gates, B, size)."""
     return sums.view(len(sums), gates, -1).transpose(0, 1)
+
+
+def check_sizes(*values: object) -> None:
+    """Raise RecurrentError where one is no whole number from 1."""
+    if not all(isinstance(value, Integral) and value >= 1 for value in values):
+        raise RecurrentError(f"sizes must be whole numbers from 1, not {values}.")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise RecurrentError(f"{name} must be from 0 to below 1, not {value}.")
+
+
+def _found(x: object) -> object:
+    """What stands where a tensor should, in few words."""
+    return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _check_dtypes(network: nn.Module, *tensors: Tensor) -> None:
+    """RecurrentError for a tensor of another dtype than the weights', unless autocast
+    converts both.
+    """
+    own, device = next(network.parameters()).dtype, tensors[0].device.type
+    fitting = {own}
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        fitting |= {torch.float32, torch.bfloat16, torch.float16}
+    if others := {tensor.dtype for tensor in tensors} - fitting:
+        raise RecurrentError(
+            f"inputs and state must be {own}, as the weights are, not {others.pop()};"
+            " convert them, or the network, with .to()."
+        )
 
 
 class LSTMUpdate(nn.Module):
@@ -62,6 +96,7 @@ class LSTMUpdate(nn.Module):
         layer_norm: bool = True,
     ) -> None:
         super().__init__()
+        _check_share("recurrent_dropout", dropout)
         self.size, self.dropout, self.layer_norm = size, dropout, layer_norm
         if layer_norm:
             self.gain = nn.Parameter(torch.ones(4, 1, size))
@@ -98,10 +133,7 @@ class RecurrentCell(nn.Module):
 
     def __init__(self, input_size: int, *sizes: int) -> None:
         super().__init__()
-        if min(input_size, *sizes) < 1:
-            raise RecurrentError(
-                f"sizes must be whole numbers from 1, not {(input_size, *sizes)}."
-            )
+        check_sizes(input_size, *sizes)
         self.input_size, self.sizes = input_size, sizes
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -127,11 +159,15 @@ class RecurrentCell(nn.Module):
         return torch.stack(outputs), state
 
     def forward(self, x: Tensor, state: State | None = None) -> State:
-        if x.ndim != 2 or x.shape[1] != self.input_size:
+        fits = isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] == self.input_size
+        if not fits or not len(x):
             raise RecurrentError(
-                f"x must have shape (B, {self.input_size}), not {tuple(x.shape)}."
+                f"x must have shape (B, {self.input_size}) with B from 1, not"
+                f" {_found(x)}."
             )
-        return self.step(self.prepare(x), self.check(state, x))
+        state = self.check(state, x)
+        _check_dtypes(self, x, *state)
+        return self.step(self.prepare(x), state)
 
     def check(self, state: State | None, x: Tensor) -> State:
         """The state, zeros where it is None; RecurrentError where it does not fit the
@@ -140,13 +176,16 @@ class RecurrentCell(nn.Module):
         shapes = [(x.shape[-2], size) for size in self.sizes]
         if state is None:
             return tuple(x.new_zeros(shape) for shape in shapes)
-        if [tuple(tensor.shape) for tensor in state] != shapes:
-            found = [tuple(tensor.shape) for tensor in state]
+        if (found := _shapes(state)) != shapes:
             raise RecurrentError(
                 f"the state must be tensors of shapes {shapes}, not {found}; None"
                 " starts from zeros."
             )
         return state
+
+
+def _shapes(state: Iterable[object]) -> list[object]:
+    return [*map(_found, state)]
 
 
 class Recurrent(nn.Module):
@@ -190,10 +229,10 @@ class Recurrent(nn.Module):
                 raise RecurrentError(f"{name} has no {option}={value}; leave it out.")
         if proj_size:
             raise RecurrentError(f"{name} has no projection; leave out proj_size.")
-        if not 0 <= dropout < 1:
-            raise RecurrentError(f"dropout must be from 0 to below 1, not {dropout}.")
-        if num_layers < 1:
-            raise RecurrentError("num_layers must be a whole number from 1.")
+        _check_share("dropout", dropout)
+        check_sizes(num_layers)
+        if dtype is not None and not dtype.is_floating_point:
+            raise RecurrentError(f"dtype must be one of real floats, not {dtype}.")
         known = inspect.signature(cell).parameters
         if unknown := sorted(settings.keys() - known.keys()):
             raise RecurrentError(
@@ -226,21 +265,20 @@ class Recurrent(nn.Module):
                 "packed sequences are not supported; pad them and mask the loss"
                 " instead."
             )
-        form, size = (
-            ("(B, T, " if self.batch_first else "(T, B, "),
-            self.cells[0].input_size,
-        )
-        if x.ndim != 3 or x.shape[2] != size or not x.numel():
+        form = "(B, T, " if self.batch_first else "(T, B, "
+        fits = isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == self.input_size
+        if not fits or not x.numel():
             raise RecurrentError(
-                f"x must have shape {form}{size}) with T and B from 1, not"
-                f" {tuple(x.shape)}."
+                f"x must have shape {form}{self.input_size}) with T and B from 1, not"
+                f" {_found(x)}."
             )
-        if state is None:
-            return
-        batch = x.shape[0 if self.batch_first else 1]
+        if state is not None:
+            self._check_state(state, x.shape[0 if self.batch_first else 1])
+        _check_dtypes(self, x, *(() if state is None else state))
+
+    def _check_state(self, state: State, batch: int) -> None:
         shapes = [(self.num_layers, batch, size) for size in self.cells[0].sizes]
-        found = [tuple(tensor.shape) for tensor in state]
-        if found != shapes:
+        if (found := _shapes(state)) != shapes:
             raise RecurrentError(
                 f"the state must be {len(shapes)} tensors of shapes {shapes}, not"
                 f" {found}; None starts from zeros."

@@ -8,6 +8,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,11 @@ def python_help(rare: int = 50) -> Text:
     return Text(alphabet, *parts, whole.sha256, whole.source)
 
 
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or value < 1:
+        raise TextError(f"{name} must be a whole number from 1, not {value}.")
+
+
 def streams(codes: Tensor, count: int) -> Tensor:
     """Cut a text (N,) into `count` streams of equal length that are read side by side,
     (length, count).
@@ -108,6 +114,7 @@ def streams(codes: Tensor, count: int) -> Tensor:
     Raises:
         TextError: where a stream would have fewer than two characters.
     """
+    _check_count("count", count)
     length = len(codes) // count
     if length < 2:
         raise TextError(
@@ -152,19 +159,32 @@ def language_loss(
 
     The state goes on from window to window, its gradient does not; at the end of the
     streams both start anew.
+
+    Raises:
+        TextError: where there is no whole window; from the loss itself, for a step that
+            follows on none that it has seen, as after a checkpoint.
     """
-    windows, state = (len(read) - 1) // window, None
+    _check_count("window", window)
+    windows = (len(read) - 1) // window
     if windows < 1:
         raise TextError(
             f"streams of {len(read)} characters have no window of {window}; ask for"
             " fewer streams."
         )
+    before: dict[int, tuple[Tensor, ...]] = {}  # a step -> the state that it starts in
 
     def loss_at(step: int) -> Tensor:
-        nonlocal state
-        start = step % windows * window
-        state = None if start == 0 else tuple(tensor.detach() for tensor in state)
+        start, last = step % windows * window, step - step % windows
+        if start and step not in before:
+            raise TextError(
+                f"step {step} goes on from step {step - 1}, which was not run; begin at"
+                f" step {last} or {last + windows}, where the streams start anew."
+            )
+        state = before.get(step) if start else None
         logits, state = model(read[start : start + window], state)
+        now = {step: before[step]} if start else {}
+        before.clear()
+        before.update(now | {step + 1: tuple(tensor.detach() for tensor in state)})
         return F.cross_entropy(
             logits.flatten(0, 1), read[start + 1 : start + window + 1].flatten()
         )
@@ -181,7 +201,11 @@ def bits_per_character(
 
     Every character but the first of each stream is predicted, with the state carried
     along, not in training mode.
+
+    Raises:
+        TextError: for a count or window below 1, or too few characters.
     """
+    _check_count("window", window)
     read, total, state = streams(codes, count), 0.0, None
     before = model.training
     model.eval()

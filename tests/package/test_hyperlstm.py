@@ -422,7 +422,9 @@ def test_inputs_of_the_wrong_shape_are_refused(shape):
         RecurrentError, match=r"x must have shape \(T, B, 3\) with T and B from 1, not "
     ):
         HyperLSTM(3, 5)(torch.zeros(shape))
-    with pytest.raises(RecurrentError, match=r"x must have shape \(B, 3\), not "):
+    with pytest.raises(
+        RecurrentError, match=r"x must have shape \(B, 3\) with B from 1"
+    ):
         HyperLSTMCell(3, 5)(torch.zeros(2, 2))
 
 
@@ -454,7 +456,7 @@ def test_sizes_below_one_are_refused(wrong):
 
 def test_no_layers_are_refused():
     with pytest.raises(
-        RecurrentError, match="num_layers must be a whole number from 1"
+        RecurrentError, match=r"sizes must be whole numbers from 1, not \(0,\)"
     ):
         HyperLSTM(3, 5, 0)
 
@@ -784,3 +786,109 @@ def test_a_state_of_an_lstm_is_refused_with_the_whole_shapes():
     shapes = r"4 tensors of shapes \[\(1, 2, 5\), \(1, 2, 5\), \(1, 2, 4\)"
     with pytest.raises(RecurrentError, match=shapes):
         HyperLSTM(3, 5, hyper_size=4)(torch.zeros(4, 2, 3), state)
+
+
+KINDS = [(HyperLSTM, HyperLSTMCell), (LayerNormLSTM, LayerNormLSTMCell)]
+
+
+@pytest.mark.parametrize(("layers", "cell"), KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "int64", "bfloat16", "complex64"])
+def test_another_dtype_than_the_weights_is_refused(layers, cell, dtype):
+    other, said = (
+        getattr(torch, dtype),
+        "must be torch.float32, as the weights are, not",
+    )
+    for network, x in ((layers(3, 5), (4, 2, 3)), (cell(3, 5), (2, 3))):
+        with pytest.raises(RecurrentError, match=f"{said} torch.{dtype};"):
+            network(torch.zeros(x, dtype=other))
+    network, x = layers(3, 5), torch.zeros(4, 2, 3)
+    state = tuple(tensor.to(other) for tensor in network(x)[1])
+    with pytest.raises(RecurrentError, match=f"{said} torch.{dtype};"):
+        network(x, state)
+
+
+@pytest.mark.parametrize(("layers", "cell"), KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_it_runs_in_the_dtype_that_it_is_made_in(layers, cell, dtype):
+    made = getattr(torch, dtype)
+    outputs, state = layers(3, 5, dtype=made)(torch.randn(4, 2, 3).to(made))
+    assert all(each.dtype == made and each.isfinite().all() for each in state)
+    outputs.float().sum().backward()
+    assert cell(3, 5).to(made)(torch.randn(2, 3).to(made))[0].dtype == made
+
+
+@pytest.mark.parametrize(("layers", "cell"), KINDS)
+def test_autocast_takes_what_it_converts(layers, cell):
+    network, x = layers(3, 5), torch.randn(4, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        for inputs in (x, x.bfloat16()):
+            outputs, state = network(inputs)
+            network(inputs, state)[0].float().sum().backward()
+        with pytest.raises(RecurrentError, match="not torch.float64"):
+            network(x.double())
+
+
+@pytest.mark.parametrize(("layers", "cell"), KINDS)
+@pytest.mark.parametrize("wrong", ["abc", [[1.0]], torch.zeros(4, 2, 3).numpy(), None])
+def test_what_is_no_tensor_is_refused(layers, cell, wrong):
+    for network in (layers(3, 5), cell(3, 5)):
+        with pytest.raises(RecurrentError, match="x must have shape .* from 1, not"):
+            network(wrong)
+    with pytest.raises(RecurrentError, match="the state must be . tensors of shapes"):
+        layers(3, 5)(torch.zeros(4, 2, 3), ["h", "c"])
+
+
+@pytest.mark.parametrize(("layers", "cell"), KINDS)
+@pytest.mark.parametrize("shape", [(4, 0, 3), (0, 2, 3)])
+def test_an_empty_batch_or_sequence_is_refused(layers, cell, shape):
+    with pytest.raises(RecurrentError, match="with T and B from 1, not"):
+        layers(3, 5)(torch.zeros(shape))
+    with pytest.raises(RecurrentError, match=r"B from 1, not \(0, 3\)"):
+        cell(3, 5)(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize(("layers", "cell"), KINDS)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"hidden_size": 5.0}, "sizes must be whole numbers from 1"),
+        ({"input_size": 3.5}, "sizes must be whole numbers from 1"),
+        ({"num_layers": 1.5}, "sizes must be whole numbers from 1"),
+        ({"recurrent_dropout": 1.0}, "recurrent_dropout must be from 0 to below 1"),
+        ({"recurrent_dropout": -0.1}, "recurrent_dropout must be from 0 to below 1"),
+        ({"dtype": torch.int64}, "dtype must be one of real floats, not torch.int64"),
+        ({"dtype": torch.complex64}, "dtype must be one of real floats"),
+    ],
+)
+def test_settings_out_of_range_are_refused(layers, cell, wrong, said):
+    with pytest.raises(RecurrentError, match=said):
+        layers(**{"input_size": 3, "hidden_size": 5} | wrong)
+
+
+def test_the_language_loss_goes_on_where_it_was_and_nowhere_else():
+    model = CharacterModel(LayerNormLSTM(4, 6), 4, 6)
+    read = torch.randint(4, (13, 2), generator=torch.Generator().manual_seed(0))
+    unbroken = language_loss(model, read, 3)
+    expected = [unbroken(step).item() for step in range(9)]
+    again = language_loss(model, read, 3)
+    with pytest.raises(TextError, match="step 6 goes on from step 5.* step 4 or 8"):
+        again(6)
+    assert [again(step).item() for step in (4, 5, 5, 6)] == [
+        expected[step] for step in (4, 5, 5, 6)
+    ]
+    with pytest.raises(TextError, match="step 3 goes on from step 2"):
+        again(3)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5])
+def test_streams_and_windows_are_whole_numbers_from_one(wrong):
+    codes, model = torch.arange(20) % 4, CharacterModel(Echo(), 4, 4)
+    said = f"must be a whole number from 1, not {wrong}"
+    with pytest.raises(TextError, match=f"count {said}"):
+        streams(codes, wrong)
+    with pytest.raises(TextError, match=f"count {said}"):
+        bits_per_character(model, codes, count=wrong)
+    with pytest.raises(TextError, match=f"window {said}"):
+        bits_per_character(model, codes, count=2, window=wrong)
+    with pytest.raises(TextError, match=f"window {said}"):
+        language_loss(model, codes[:, None], wrong)
