@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisupernet.errors import RecurrentError
 from minisupernet.fast.hyperlstm import HyperInputs, hyper_sequence
 from minisupernet.recurrent import (
     LSTMUpdate,
@@ -19,7 +20,6 @@ from minisupernet.recurrent import (
     RecurrentCell,
     State,
     by_gate,
-    check_sizes,
     orthogonal_blocks,
 )
 
@@ -57,7 +57,8 @@ class ScalingHeads(nn.Module):
         spread: float = 0.0,
     ) -> None:
         super().__init__()
-        check_sizes(gates, hyper_size, hidden_size, n_z)
+        if n_z < 1:
+            raise RecurrentError(f"n_z must be a whole number from 1, not {n_z}.")
         self.gates, self.n_z = gates, n_z
         self.z_weight = nn.Parameter(
             torch.zeros(3 * gates * n_z, hyper_size)

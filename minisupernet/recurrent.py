@@ -22,7 +22,6 @@ __all__ = [
     "RecurrentCell",
     "State",
     "by_gate",
-    "check_sizes",
     "orthogonal_blocks",
 ]
 
@@ -43,7 +42,7 @@ def by_gate(sums: Tensor, gates: int = 4) -> Tensor:
     return sums.view(len(sums), gates, -1).transpose(0, 1)
 
 
-def check_sizes(*values: object) -> None:
+def _check_sizes(*values: object) -> None:
     """Raise RecurrentError where one is no whole number from 1."""
     if not all(isinstance(value, Integral) and value >= 1 for value in values):
         raise RecurrentError(f"sizes must be whole numbers from 1, not {values}.")
@@ -133,7 +132,7 @@ class RecurrentCell(nn.Module):
 
     def __init__(self, input_size: int, *sizes: int) -> None:
         super().__init__()
-        check_sizes(input_size, *sizes)
+        _check_sizes(input_size, *sizes)
         self.input_size, self.sizes = input_size, sizes
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -230,7 +229,7 @@ class Recurrent(nn.Module):
         if proj_size:
             raise RecurrentError(f"{name} has no projection; leave out proj_size.")
         _check_share("dropout", dropout)
-        check_sizes(num_layers)
+        _check_sizes(input_size, hidden_size, num_layers)
         if dtype is not None and not dtype.is_floating_point:
             raise RecurrentError(f"dtype must be one of real floats, not {dtype}.")
         known = inspect.signature(cell).parameters

@@ -456,7 +456,7 @@ def test_sizes_below_one_are_refused(wrong):
 
 def test_no_layers_are_refused():
     with pytest.raises(
-        RecurrentError, match=r"sizes must be whole numbers from 1, not \(0,\)"
+        RecurrentError, match=r"sizes must be whole numbers from 1, not \(3, 5, 0\)"
     ):
         HyperLSTM(3, 5, 0)
 
