@@ -3,30 +3,53 @@ PYTHON ?= python3
 PROFILE ?= quick
 DATA ?= auto
 SEED ?= 0
+CHAPTERS ?= # chapters for Colab, such as "5 10"; without, all
+COLAB ?= file://$(CURDIR)/.ci/colab-runtime
+COLAB_PYTHON ?= # instead of the Python that Colab has
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-BIN := .venv/bin
-READY := .venv/.ready
-INSTALL := -c constraints.txt -e ".[notebooks,book,test]"
+VENV ?= .venv
+LIMITS ?= -c constraints.txt
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INSTALL := $(LIMITS) -e ".[notebooks,book,test]"
 PYTEST ?= # further words for pytest, such as --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html test test-long bench notebooks lab data clean
+.PHONY: help setup book html print test style checks test-long test-newest links colab bench notebooks lab data clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.13] [PROFILE=quick|full] [DATA=auto|cifar100|...|mine.npz] [SEED=0]"
-	@sed -n 's/^\([a-z-]*\):.*## /  \1#/p' Makefile | awk -F'#' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1#/p' Makefile | awk -F'#' '{printf "%-14s %s\n", $$1, $$2}'
 
 book: $(READY) ## run every notebook, build the book, print its address
 	$(BIN)/python -m minisupernet book --profile "$(PROFILE)" --data "$(DATA)" --seed "$(SEED)"
 
-test: $(READY) ## check the style, the package, and every notebook against its stored outputs
+test: style checks ## check the style, the package, and every notebook against its stored outputs
+
+style: $(READY) ## check the style alone
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
+
+checks: $(READY)
 	$(BIN)/python -m pytest tests -q -n 2 --dist worksteal $(PYTEST)
 	$(BIN)/python -m pytest --nbval notebooks -q -n 2 --dist loadfile
 
 test-long: $(READY) ## the same and the nightly part: every page in both schemes, thousands of tries
 	MINISUPERNET_LONG=1 $(MAKE) test
+
+test-newest: ## the tests with the newest version of every package, in an environment of its own
+	rm -rf _build/newest
+	$(MAKE) setup VENV=_build/newest LIMITS=
+	_build/newest/bin/python -m pip list
+	$(MAKE) checks VENV=_build/newest LIMITS=
+
+links: html ## follow every link that leaves the book
+	$(BIN)/jupyter-book build --builder linkcheck --path-output _build/links _build/committed/source
+
+colab: $(READY) ## run chapters as Colab does [CHAPTERS="5 10"]: its Python, its packages, the first cell alone
+	$(BIN)/python -m pip install -q -c constraints.txt uv
+	.ci/colab "$(COLAB)" "$(COLAB_PYTHON)" $(CHAPTERS)
 
 html: $(READY) ## build the book from the stored outputs, run nothing
 	$(BIN)/python -m minisupernet book --committed
@@ -57,10 +80,10 @@ clean: ## remove what was built, keep .venv and the images
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("This course needs Python 3.11 or later, not %d.%d: use make PYTHON=python3.11" \
 	    % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	@# uv takes a fraction of pip's time and reads none of its settings: pip does it where it has an index of its own
 	! $(BIN)/python -m pip config list | grep -q '\.index-url=' \
-	    && $(BIN)/python -m pip install --quiet -c constraints.txt uv \
+	    && $(BIN)/python -m pip install --quiet $(LIMITS) uv \
 	    && $(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python $(INSTALL) \
 	    || $(BIN)/python -m pip install $(INSTALL)
 	@touch $@
