@@ -11,6 +11,7 @@ __all__ = [
     "FitError",
     "GeneratorError",
     "GrowthError",
+    "LabelledError",
     "PudNetError",
     "RecurrentError",
     "ResultError",
@@ -64,6 +65,12 @@ class GeneratorError(CourseError, ValueError):
 class GrowthError(CourseError, ValueError):
     """A network, layer or setting that cannot be grown; the message says why, or what
     to do.
+    """
+
+
+class LabelledError(CourseError, ValueError):
+    """Labelled examples or a setting that do not fit the generator; the message says
+    what does.
     """
 
 

@@ -25,6 +25,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own
         "optimizers",
     },
     {"fitting", "export"},
+    {"labelled"},
     {"course.statistics", "course.records", "course.exercises", "course.explorer"},
     {"course.plots"},
     {"course.status", "course.studies", "course.report"},
