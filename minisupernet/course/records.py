@@ -13,6 +13,7 @@ from filelock import FileLock
 from torch import nn
 
 from minisupernet.data import ImageSet
+from minisupernet.data.text import Text
 from minisupernet.errors import ResultError
 from minisupernet.files import whole_file
 
@@ -43,9 +44,9 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def provenance(images: ImageSet, device: torch.device) -> dict:
-    """Where a result comes from: commit, package versions, device and image set with
-    its checksum.
+def provenance(images: ImageSet | Text, device: torch.device) -> dict:
+    """Where a result comes from: commit, package versions, device and image set, or
+    text, with its checksum.
     """
     packages = ("torch", "numpy", "safetensors")
     return {

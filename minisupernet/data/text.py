@@ -7,7 +7,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import torch
@@ -32,7 +32,7 @@ UNKNOWN = "\ufffd"  # stands for every character too rare to have a place of its
 @dataclass(frozen=True, eq=False)
 class Text:
     """A text in three parts, as positions in its alphabet (N,) int64; `sha256` is that
-    of the whole text.
+    of the whole text, `name` what a record calls it.
     """
 
     alphabet: str
@@ -41,6 +41,16 @@ class Text:
     test: Tensor
     sha256: str
     source: str
+    name: str = "python_help"
+
+    def checksum(self) -> str:
+        """The sha256 of the whole text, as an image set has one."""
+        return self.sha256
+
+    def to(self, device: torch.device) -> "Text":
+        """The same text with its parts on `device`."""
+        parts = {part: getattr(self, part) for part in ("train", "validation", "test")}
+        return replace(self, **{part: own.to(device) for part, own in parts.items()})
 
     def decode(self, codes: Tensor) -> str:
         """Positions in the alphabet (N,) back to characters."""

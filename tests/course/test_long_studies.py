@@ -8,9 +8,20 @@ import pytest
 import torch
 from support import coloured_squares
 
-from minisupernet.course.studies import pudnet_family
+from minisupernet.course import studies
+from minisupernet.course.studies import (
+    SOURCE,
+    hyperlstm_long,
+    measure_study,
+    net2net_long,
+    pudnet_family,
+)
+from minisupernet.course.studies import rates as rates_module
+from minisupernet.course.studies.growing import conv_net
 from minisupernet.data.episodes import Batch
-from minisupernet.errors import StudyError
+from minisupernet.data.library import python_source
+from minisupernet.data.text import CharacterModel, Text, streams
+from minisupernet.errors import StudyError, TextError
 
 
 def lasting(run: dict) -> dict:
@@ -140,7 +151,7 @@ def test_a_killed_unit_of_the_family_ends_as_if_never_killed(
         patch.setattr(pudnet_family.Unit, "check", killed)
         with pytest.raises(KeyboardInterrupt):
             family_unit(many_squares, "pudnet", path)
-    monkeypatch.setattr(pudnet_family, "best_rate", None)  # not chosen again
+    monkeypatch.setattr(rates_module, "best_rate", None)  # not chosen again
     again = family_unit(many_squares, "pudnet", path)
     monkeypatch.undo()
     monkeypatch.setattr(pudnet_family, "QUICK", rates)
@@ -161,3 +172,224 @@ def test_a_unit_of_the_family_that_does_not_exist_is_refused(wrong, said):
     unit = {"arm": "pudnet", "changes": "all", "channels": 8, "steps": 1}
     with pytest.raises(StudyError, match=said):
         pudnet_family.check_unit(**{**unit, **wrong})
+
+
+# Chapter 4: half a million numbers
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A little library: modules of 40 paragraphs, some of them twice."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(60):
+        own = [f"def f{number}_{n}(x):\n    return x + {n}" for n in range(40)]
+        shared = [f"# line {n}\nimport os" for n in range(40)]
+        path = folder / "part" / f"module_{number}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n\n".join(own + shared), encoding="utf-8")
+    for name in ("site-packages/x.py", "test/x.py", "_sysconfigdata_here.py"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("left = 'out'", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def text(library, monkeypatch) -> Text:
+    monkeypatch.setattr("minisupernet.data.library.LEAST", 100)
+    return python_source(library, rare=10)
+
+
+def test_source_is_cut_by_file_and_no_paragraph_comes_twice(text, library):
+    parts = [text.decode(part) for part in (text.train, text.validation, text.test)]
+    paragraphs = [paragraph for part in parts for paragraph in part.split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) == 60 * 40 + 40
+    modules = [
+        {line.split("_")[0] for line in part.split("def ")[1:]} for part in parts
+    ]
+    assert sum(map(len, modules)) == 60 and len(modules[0]) > 40 > 20 > len(modules[2])
+    assert "# line 3" in parts[0] and not any("left" in part for part in parts)
+    assert python_source(library, rare=10).sha256 == text.sha256 == text.checksum()
+    assert text.encode(parts[1]).equal(text.validation)
+
+
+def test_a_library_without_its_source_is_refused(tmp_path):
+    (tmp_path / "abc.pyc").write_bytes(b"")
+    with pytest.raises(
+        TextError, match="does not hold the source of Python's standard"
+    ):
+        python_source(tmp_path)
+
+
+def long_text_unit(text, arm, checkpoint=None, characters=480):
+    unit = {"arm": arm, "rate": 0.01, "characters": characters}
+    return hyperlstm_long.measure(text, 0, "quick", str, checkpoint, **unit)
+
+
+@pytest.mark.parametrize("arm", hyperlstm_long.ARMS)
+def test_arms_have_equally_many_numbers_and_learn(text, arm):
+    run = long_text_unit(text, arm, characters=8_000)
+    like = long_text_unit(text, "hyperlstm", characters=80)
+    assert abs(run["parameters"] / like["parameters"] - 1) < 0.03
+    assert run["steps"] == 100 and like["steps"] == 1
+    assert run["test"] < like["test"] - 0.5 and run["train_bits"] < like["train_bits"]
+    assert run["text"]["train"] == len(text.train)
+
+
+@pytest.mark.parametrize("arm", ["hyperlstm_plain", "hyperlstm"])
+def test_a_killed_reading_goes_on_in_its_state(text, arm, tmp_path, monkeypatch):
+    whole, looks = long_text_unit(text, arm), []
+    loss, path = hyperlstm_long.Reader.loss, tmp_path / "unit.safetensors"
+
+    def killed(self, step):
+        if step == 4:  # one step behind the first look
+            raise KeyboardInterrupt
+        looks.append(step)
+        return loss(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hyperlstm_long.Reader, "loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            long_text_unit(text, arm, path)
+    assert looks == [0, 1, 2, 3] and whole["steps"] == 6
+    assert lasting(long_text_unit(text, arm, path)) == lasting(whole)
+
+
+def test_a_reader_starts_anew_where_the_text_does(text):
+    model = hyperlstm_long.ARMS["lstm"](len(text.alphabet), 6, hyperlstm_long.QUICK)
+    model = CharacterModel(model, len(text.alphabet), 6).eval()
+    reader = hyperlstm_long.Reader(model, streams(text.train[:90], 2), 20)
+    first, second, again, then = (reader.loss(step).item() for step in range(4))
+    assert (first, second) == (again, then)  # two windows of 20 in streams of 45
+    assert model.recurrent.cells[0].bias[6:12].tolist() == [1.0] * 6
+    both = reader.model(reader.read[:40])[0].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(both, reader.read[1:41].flatten())
+    assert loss.item() == pytest.approx((first + second) / 2, abs=1e-5)
+
+
+def test_the_study_of_text_records_which_text(text, monkeypatch):
+    monkeypatch.setattr(studies, "python_source", lambda: text)
+    run = measure_study("hyperlstm_long", 0, "quick", report=str, characters=80)
+    assert run["data"] == {"name": SOURCE, "sha256": text.sha256}
+    with pytest.raises(StudyError, match="reads the text python_source, not cifar10"):
+        measure_study("hyperlstm_long", 0, "quick", "cifar10")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"arm": "gru"}, "there is no arm 'gru'; choose one of lstm"),
+        ({"rate": 0.0}, "rate must be above 0 and characters from 1, not 0.0"),
+        ({"characters": 0}, "characters from 1, not 0.1 and 0"),
+    ],
+)
+def test_a_unit_of_text_that_does_not_exist_is_refused(wrong, said):
+    unit = {"arm": "lstm", "rate": 0.1, "characters": 9}
+    with pytest.raises(StudyError, match=said):
+        hyperlstm_long.check_unit(**{**unit, **wrong})
+
+
+# Chapter 2: a teacher trained to its end
+
+
+def growth_unit(images, phase, arm, checkpoint=None):
+    unit = {"phase": phase, "arm": arm}
+    return net2net_long.measure(images, 0, "quick", str, checkpoint, **unit)
+
+
+@pytest.fixture(scope="module")
+def lesson(squares):
+    settings = net2net_long.QUICK
+    pictures = net2net_long.Pictures(squares, settings.validation, settings.batch)
+    return net2net_long.Lesson(pictures, replace(settings, noise=0.0), 0)
+
+
+@pytest.mark.parametrize("phase", net2net_long.PHASES)
+def test_growth_reaches_the_large_shape_and_keeps_what_it_should(lesson, phase):
+    sizes = net2net_long.QUICK_PHASES[phase]
+    torch.manual_seed(0)
+    teacher = conv_net(sizes.widths, sizes.convolutions, 10)
+    lesson.train(teacher, 0.1, 10)
+    large = conv_net(sizes.large_widths, sizes.large_convolutions, 10)
+    pixels = lesson.pictures.batch(0, 0)[0]
+    for arm in net2net_long.GROWN[phase]:
+        grown = net2net_long.grow(arm, teacher, sizes, lesson).eval()
+        assert [p.shape for p in grown.parameters()] == [
+            p.shape for p in large.parameters()
+        ]
+        apart = (grown(pixels) - teacher.eval()(pixels)).abs().max().item()
+        assert apart > 0.01 if arm == "random" else apart < 1e-4
+
+
+def test_equal_operations_are_equal():
+    for name, sizes in net2net_long.PHASES.items():
+        small, large = 1.0, 3.5
+        steps = {
+            arm: net2net_long._steps(arm, sizes, small, large)
+            for arm in net2net_long.ARMS[name]
+        }
+        whole = sizes.first * small + sizes.second * large
+        assert steps["scratch_operations"] * large == pytest.approx(whole, rel=1e-3)
+        assert steps["scratch_thrice"] * large == pytest.approx(3 * whole, rel=1e-3)
+        teacher = (sizes.first + steps["teacher_operations"]) * small
+        assert teacher == pytest.approx(whole, rel=1e-3)
+        assert steps["scratch_steps"] == sizes.first + steps["copies"]
+        assert steps["copies"] == steps["random"] == steps["teacher_steps"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "arm"),
+    [(phase, arm) for phase, arms in net2net_long.ARMS.items() for arm in arms],
+)
+def test_every_arm_of_growth_is_measured(squares, phase, arm, growth_folder):
+    run = growth_unit(squares, phase, arm, growth_folder / f"{phase}-{arm}.safetensors")
+    small, large = run["teacher"]["parameters"], run["parameters"]
+    assert (small == large) == arm.startswith("teacher")
+    tried = [each["rate"] for each in run["tried"]]
+    base = 0.1 if arm.startswith("scratch") else 10 / 3 * run["teacher"]["rate"] * 0.3
+    shares = (0.3, 1, 3) if arm.startswith("scratch") else (0.1, 0.3, 1)
+    assert tried == pytest.approx([base * share for share in shares])
+    assert run["rate"] in tried and run["history"][-1]["step"] == run["steps"]
+    if not arm.startswith("scratch"):
+        assert run["operations"] > run["teacher"]["operations"]
+    if arm.startswith("teacher"):
+        assert run["at_start"] == run["teacher"]["validation"]
+
+
+@pytest.fixture(scope="module")
+def growth_folder(tmp_path_factory):
+    """One folder for all units, as in a sweep: two teachers are trained in it."""
+    folder = tmp_path_factory.mktemp("growth")
+    yield folder
+    teachers = sorted(path.suffix for path in folder.glob("teacher-*"))
+    assert teachers == [".lock", ".lock", ".safetensors", ".safetensors"]
+
+
+def test_a_killed_growth_ends_as_if_never_killed(squares, tmp_path, monkeypatch):
+    whole, path = growth_unit(squares, "wider", "copies"), tmp_path / "unit.safetensors"
+    accuracy, looks = net2net_long.Lesson.accuracy, []
+
+    def killed(self, network, part="validation"):
+        looks.append(part)
+        if len(looks) in kills:
+            raise KeyboardInterrupt
+        return accuracy(self, network, part)
+
+    kills = {5, 10, 16}  # in the teacher, in the choice, and in the student
+    with monkeypatch.context() as patch:
+        patch.setattr(net2net_long.Lesson, "accuracy", killed)
+        for _ in kills:
+            with pytest.raises(KeyboardInterrupt):
+                growth_unit(squares, "wider", "copies", path)
+        again = growth_unit(squares, "wider", "copies", path)
+    again["teacher"], whole["teacher"] = (
+        lasting(run["teacher"]) for run in (again, whole)
+    )
+    assert lasting(again) == lasting(whole)
+
+
+def test_a_unit_of_growth_that_does_not_exist_is_refused():
+    with pytest.raises(StudyError, match="no phase 'longer'; choose one of wider"):
+        net2net_long.check_unit("longer", "copies")
+    with pytest.raises(StudyError, match="no arm 'zero' of deeper; choose one of copi"):
+        net2net_long.check_unit("deeper", "zero")

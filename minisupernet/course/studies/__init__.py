@@ -10,20 +10,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from minisupernet.course.records import provenance
-from minisupernet.data import load
+from minisupernet.data import ImageSet, load
+from minisupernet.data.library import python_source
+from minisupernet.data.text import Text
 from minisupernet.errors import StudyError
 from minisupernet.training import pick_device
 
-__all__ = ["STUDIES", "Study", "check_unit", "measure_study"]
+__all__ = ["SOURCE", "STUDIES", "Study", "check_unit", "measure_study"]
 
 Value = str | int | float
+SOURCE = "python_source"  # the one text among the image sets
 
 
 @dataclass(frozen=True)
 class Study:
     """Where one study's runs are recorded, and the images it takes unless told
-    otherwise.
+    otherwise; or the text, which it always takes.
 
     `unit` are the parameters, beside the seed, that tell its units apart, each with a
     value to show what it is like; a study without any is one run a seed.
@@ -36,11 +41,19 @@ class Study:
 
 STUDIES = {
     "net2net": Study("02_net2net.json"),
+    "net2net_long": Study(
+        "02_net2net_long.json", unit={"phase": "wider", "arm": "copies"}
+    ),
     "static_hypernet": Study("03_static_hypernetworks.json"),
     "static_long": Study(
         "03_static_long.json", unit={"arm": "generated", "rate": 3e-3, "epochs": 40.0}
     ),
     "hyperlstm": Study("04_dynamic_hypernetworks.json"),
+    "hyperlstm_long": Study(
+        "04_dynamic_long.json",
+        SOURCE,
+        {"arm": "hyperlstm", "rate": 6e-3, "characters": 7_000_000},
+    ),
     "opponents": Study(
         "07_opponents.json",
         "cifar100",
@@ -99,7 +112,8 @@ def measure_study(
     if profile not in ("quick", "full"):
         raise StudyError(f"there is no profile '{profile}'; use 'quick' or 'full'.")
     began = time.perf_counter()
-    study, images = STUDIES[name], load(data or STUDIES[name].data, pick_device(device))
+    study, place = STUDIES[name], pick_device(device)
+    images = _read(study, data or study.data, place)
     measure = importlib.import_module(f"{__name__}.{name}").measure
     if study.unit:
         found = measure(images, seed, profile, report, checkpoint, **study.unit | unit)
@@ -110,5 +124,14 @@ def measure_study(
         "seed": seed,
         **found,
         "seconds": round(time.perf_counter() - began, 1),
-        **provenance(images, images.device),
+        **provenance(images, place),
     }
+
+
+def _read(study: Study, data: str, device: torch.device) -> ImageSet | Text:
+    """What a study takes: an image set, or the text."""
+    if study.data != SOURCE:
+        return load(data, device)
+    if data != SOURCE:
+        raise StudyError(f"this study reads the text {SOURCE}, not {data}.")
+    return python_source().to(device)

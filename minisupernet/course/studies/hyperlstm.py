@@ -39,6 +39,7 @@ __all__ = [
     "matched_sizes",
     "measure",
     "measure_task",
+    "parameters",
     "text_task",
 ]
 

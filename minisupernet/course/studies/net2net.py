@@ -23,7 +23,9 @@ __all__ = [
     "deepened",
     "measure",
     "padded",
+    "stage_ends",
     "widened",
+    "widths_of",
 ]
 
 SCHEDULES = ("early", "late")
@@ -45,7 +47,7 @@ def widened(noise: float) -> Growth:
 
     def growth(growing: Growing, run: Run) -> Run:
         for number, (name, width) in enumerate(
-            _widths(run.model).items(), 1000 * growing.seed
+            widths_of(run.model).items(), 1000 * growing.seed
         ):
             plan = Widening.of(
                 run.model, name, growing.settings.factor * width, seed=number
@@ -70,7 +72,7 @@ def padded(outgoing: float) -> Growth:
 
     def growth(growing: Growing, run: Run) -> Run:
         for number, (name, width) in enumerate(
-            _widths(run.model).items(), 1000 * growing.seed
+            widths_of(run.model).items(), 1000 * growing.seed
         ):
             model = pad(
                 run.model,
@@ -92,12 +94,12 @@ def deepened(stages: Sequence[int], identity: bool = True) -> Growth:
 
     def growth(growing: Growing, run: Run) -> Run:
         for stage in stages:
-            after = _stage_ends(run.model)[stage]
+            after = stage_ends(run.model)[stage]
             if identity:
                 model = deepen(run.model, after, statistics=growing.statistics)
             else:
                 number = 1000 * growing.seed + len(
-                    _widths(run.model)
+                    widths_of(run.model)
                 )  # random weights of its own for each new layer
                 model = insert_random(run.model, after, batch_norm=True, seed=number)
             run = growing.grow(run, model)
@@ -106,7 +108,8 @@ def deepened(stages: Sequence[int], identity: bool = True) -> Growth:
     return growth
 
 
-def _widths(model: nn.Module) -> dict[str, int]:
+def widths_of(model: nn.Module) -> dict[str, int]:
+    """The output channels of every convolution, by its name."""
     return {
         name: module.out_channels
         for name, module in model.named_modules()
@@ -114,7 +117,7 @@ def _widths(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _stage_ends(model: nn.Module) -> list[str]:
+def stage_ends(model: nn.Module) -> list[str]:
     """The last ReLU of each stage: a stage begins with a convolution of stride 2."""
     ends, last = [], ""
     for name, module in model.named_modules():

@@ -7,7 +7,6 @@ makes the network. Classes and changes of the test are never met in training. A 
 one arm on one split of the classes, which the seed draws.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from minisupernet.course.records import rounded
-from minisupernet.course.studies.rates import best_rate
+from minisupernet.course.studies.rates import best_rate_once
 from minisupernet.data import ImageSet
 from minisupernet.data.episodes import Batch, Episodes, Shape
 from minisupernet.errors import StudyError
-from minisupernet.files import whole_file
 from minisupernet.pudnet import (
     DatasetEncoder,
     FeatureNet,
@@ -320,27 +318,20 @@ class Unit:
         return torch.cat(found).mean().item()
 
     def choose(self) -> dict:
-        """The learning rate, and all that were tried; kept beside the checkpoint."""
-        kept = self.checkpoint and self.checkpoint.with_suffix(".rate")
-        if kept and kept.exists():
-            return json.loads(kept.read_text(encoding="utf-8"))
-
-        def trial(rate: float) -> tuple[float, None]:
-            _, history = self.train(rate, self.settings.trial)
-            return round(history.last("validation_accuracy"), 4), None
-
+        """The learning rate, and all that were tried."""
         rates = self.settings.rates
-        most = len(rates) + 1 if len(rates) > 1 else None
-        rate, _, tried = best_rate(rates, trial, most)
-        if kept:
-            with whole_file(kept) as part:
-                part.write_text(json.dumps({"rate": rate, "tried": tried}))
-        return {"rate": rate, "tried": tried}
 
-    def forget(self) -> None:
-        """Remove what was kept for a unit that is killed."""
-        if self.checkpoint:
-            self.checkpoint.with_suffix(".rate").unlink(missing_ok=True)
+        def trial(rate: float) -> float:
+            history = self.train(rate, self.settings.trial)[1]
+            return round(history.last("validation_accuracy"), 4)
+
+        most = len(rates) + 1 if len(rates) > 1 else None
+        return best_rate_once(self.kept, rates, trial, most)
+
+    @property
+    def kept(self) -> Path | None:
+        """Where the choice is kept for a unit that is killed."""
+        return self.checkpoint and self.checkpoint.with_suffix(".rate")
 
     def test(self, learner: Learner, family: Family, support: int) -> dict[str, float]:
         """Mean accuracy on test episodes, by what the generator is shown: the data set
@@ -407,7 +398,8 @@ def measure(
     learner, history = unit.train(chosen["rate"], steps, checkpoint)
     tested = {str(k): unit.test(learner, test, k) for k in settings.supports}
     report(f"{arm}, {changes}, {channels} channels, seed {seed}: {tested}")
-    unit.forget()
+    if unit.kept:
+        unit.kept.unlink(missing_ok=True)
     return {
         "arm": arm,
         "changes": changes,

@@ -4,10 +4,14 @@ Every arm tries as many candidates on validation images, and where the best lies
 edge of what was tried, one more is tried beyond it.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-__all__ = ["Choice", "best_rate"]
+from minisupernet.files import whole_file
+
+__all__ = ["Choice", "best_rate", "best_rate_once"]
 
 Result = TypeVar("Result")
 
@@ -43,6 +47,29 @@ def best_rate(
         found[beyond] = trial(beyond)
     tried = [{"rate": rate, "validation": found[rate][0]} for rate in sorted(found)]
     return Choice(_best(found), found[_best(found)][1], tried)
+
+
+def best_rate_once(
+    kept: Path | None,
+    rates: Sequence[float],
+    trial: Callable[[float], float],
+    most: int | None = None,
+) -> dict:
+    """The best rate and all that were tried, ready for JSON; kept in a file, so that a
+    unit that is killed does not choose again.
+
+    Args:
+        kept: the file; None keeps nothing. `rates`, `most`: as `best_rate` takes them.
+        trial: a rate to its validation value, more being better.
+    """
+    if kept and kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    rate, _, tried = best_rate(rates, lambda each: (trial(each), None), most)
+    chosen = {"rate": rate, "tried": tried}
+    if kept:
+        with whole_file(kept) as part:
+            part.write_text(json.dumps(chosen), encoding="utf-8")
+    return chosen
 
 
 def _best(found: dict[float, tuple[float, Result]]) -> float:

@@ -1,0 +1,249 @@
+"""Chapter 4's verdict at a size that counts: half a million numbers read millions of
+characters, nothing twice.
+
+The text is the source of Python's standard library. A unit is one arm, one rate and one
+seed, trained on so many characters. The rate of an arm is the best of its short units
+on validation text, and its long units take that one.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minisupernet.course.studies.hyperlstm import matched_sizes, parameters
+from minisupernet.data.text import CharacterModel, Text, bits_per_character, streams
+from minisupernet.errors import StudyError
+from minisupernet.hyperlstm import HyperLSTM
+from minisupernet.recurrent import (
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    LSTMUpdate,
+    Recurrent,
+)
+from minisupernet.training import History, one_cycle, train
+
+__all__ = ["ARMS", "PlainLSTMCell", "Reader", "Settings", "check_unit", "measure"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an arm is trained; the same for all.
+
+    `hidden`, `hyper_size`, `n_z` and `spread` are those of the HyperLSTM; the other
+    arms get as many units as give equally many numbers. A step reads a `window` of
+    `streams` places in the text. `glance` characters of the validation text are read at
+    each of the `looks`, `most` of the validation and the test text at the end.
+    """
+
+    hidden: int = 280
+    hyper_size: int = 48
+    n_z: int = 4
+    spread: float = 0.1
+    dropout: float = 0.1
+    streams: int = 32
+    window: int = 100
+    clip: float = 1.0
+    glance: int = 50_000
+    most: int = 500_000
+    looks: int = 8
+
+
+QUICK = Settings(
+    hidden=24, hyper_size=8, streams=4, window=20, glance=2_000, most=2_000, looks=2
+)
+
+
+class PlainLSTMCell(LayerNormLSTMCell):
+    """The same step without layer normalisation, so that recurrent dropout is where the
+    other arms have it, which nn.LSTM cannot do.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, recurrent_dropout: float = 0.0
+    ) -> None:
+        super().__init__(input_size, hidden_size)
+        self.update = LSTMUpdate(hidden_size, recurrent_dropout, layer_norm=False)
+        with torch.no_grad():
+            self.bias[hidden_size : 2 * hidden_size] = 1.0  # of the forget gate
+
+
+def _hyper(layer_norm: bool = True, apart: bool = False) -> Callable:
+    def make(size: int, hidden: int, settings: Settings) -> Recurrent:
+        return HyperLSTM(
+            size,
+            hidden,
+            hyper_size=settings.hyper_size,
+            n_z=settings.n_z,
+            spread=settings.spread if apart else 0.0,
+            layer_norm=layer_norm,
+            recurrent_dropout=settings.dropout,
+        )
+
+    return make
+
+
+ARMS: dict[str, Callable[[int, int, Settings], Recurrent]] = {
+    "lstm": lambda size, hidden, settings: Recurrent(
+        PlainLSTMCell, size, hidden, recurrent_dropout=settings.dropout
+    ),
+    "layer_norm_lstm": lambda size, hidden, settings: LayerNormLSTM(
+        size, hidden, recurrent_dropout=settings.dropout
+    ),
+    "hyperlstm_plain": _hyper(layer_norm=False),
+    "hyperlstm": _hyper(),
+    "hyperlstm_spread": _hyper(apart=True),
+}
+
+
+class Reader(nn.Module):
+    """A model that reads on through a text, window after window.
+
+    The state that goes on from step to step is kept in buffers, and so in a checkpoint.
+    """
+
+    def __init__(self, model: CharacterModel, read: Tensor, window: int) -> None:
+        super().__init__()
+        self.model, self.read, self.window = model, read, window
+        for number, size in enumerate(model.recurrent.cells[0].sizes):
+            self.register_buffer(
+                f"carried_{number}", torch.zeros(1, read.shape[1], size)
+            )
+
+    def loss(self, step: int) -> Tensor:
+        """The mean cross-entropy, in nats, of one window of all streams; at the start
+        of the streams the state starts anew, and no gradient goes back over its edge.
+        """
+        start = step % ((len(self.read) - 1) // self.window) * self.window
+        state = tuple(kept.clone() * (start > 0) for kept in self.buffers())
+        end = start + self.window
+        logits, state = self.model(self.read[start:end], state)
+        for kept, new in zip(self.buffers(), state, strict=True):
+            kept.copy_(new.detach())
+        truth = self.read[start + 1 : end + 1]
+        return F.cross_entropy(logits.flatten(0, 1), truth.flatten())
+
+
+def check_unit(arm: str, rate: float, characters: int) -> None:
+    """Raise a StudyError where there is no such unit."""
+    if arm not in ARMS:
+        raise StudyError(f"there is no arm '{arm}'; choose one of {', '.join(ARMS)}.")
+    if rate <= 0 or characters < 1:
+        raise StudyError(
+            f"rate must be above 0 and characters from 1, not {rate} and {characters}."
+        )
+
+
+def measure(
+    text: Text,
+    seed: int,
+    profile: str,
+    report: Callable[[str], None],
+    checkpoint: Path | None,
+    arm: str,
+    rate: float,
+    characters: int,
+) -> dict:
+    """Train one network and measure it once on test text; a dict ready for JSON.
+
+    Args:
+        profile: "full", or "quick" to try it.
+        checkpoint: a safetensors file from which a killed run goes on.
+        arm: a key of `ARMS`.
+        characters: how many are read in training.
+
+    Raises:
+        StudyError: for a unit that does not exist.
+    """
+    check_unit(arm, rate, characters)
+    settings = QUICK if profile == "quick" else Settings()
+    hidden, size = _hidden(arm, len(text.alphabet), settings), len(text.alphabet)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        recurrent = ARMS[arm](size, hidden, settings)
+        model = CharacterModel(recurrent, size, hidden).to(text.train.device)
+    steps = max(1, round(characters / settings.streams / settings.window))
+    history = _train(model, text, settings, rate, steps, seed, checkpoint)
+    found = {
+        part: round(_bits(model, getattr(text, part), settings.most), 4)
+        for part in ("validation", "test")
+    }
+    report(f"{arm} at rate {rate:g}, {characters:,} characters: {found}")
+    return {
+        "arm": arm,
+        "rate": rate,
+        "characters": characters,
+        "settings": asdict(settings),
+        "hidden": hidden,
+        "parameters": parameters(model),
+        "steps": steps,
+        "text": {
+            "source": text.source,
+            "alphabet": size,
+            **{part: len(getattr(text, part)) for part in ("train", *found)},
+        },
+        **found,
+        "train_bits": round(history.last("loss") / math.log(2), 4),
+        "train_seconds": round(history.last("seconds"), 1),
+        "history": [
+            {name: round(value, 4) for name, value in row.items()}
+            for row in history.rows
+        ],
+    }
+
+
+def _hidden(arm: str, size: int, settings: Settings) -> int:
+    """Units of an arm: as many as bring its numbers nearest to the HyperLSTM's."""
+
+    def make(name: str, hidden: int) -> CharacterModel:
+        return CharacterModel(ARMS[name](size, hidden, settings), size, hidden)
+
+    if arm.startswith("hyperlstm"):
+        return settings.hidden
+    return matched_sizes(make, settings.hidden)[arm]
+
+
+def _bits(model: CharacterModel, codes: Tensor, most: int, count: int = 50) -> float:
+    """Bits a character on `most` characters, from as many places of the text as there
+    are streams."""
+    places = streams(codes, count)[: max(2, most // count)]
+    return bits_per_character(model, places.t().flatten(), count)
+
+
+def _train(
+    model: CharacterModel,
+    text: Text,
+    settings: Settings,
+    rate: float,
+    steps: int,
+    seed: int,
+    checkpoint: Path | None,
+) -> History:
+    reader = Reader(model, streams(text.train, settings.streams), settings.window)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+
+    def clip(*_) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+
+    def look() -> dict[str, float]:
+        return {"validation": _bits(model, text.validation, settings.glance)}
+
+    optimizer.register_step_pre_hook(clip)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the dropout, which a checkpoint goes on with
+        return train(
+            reader.to(text.train.device),
+            optimizer,
+            reader.loss,
+            steps,
+            schedule=one_cycle,
+            evaluate=look,
+            every=math.ceil(steps / settings.looks),
+            checkpoint=checkpoint,
+            run={"seed": str(seed), "text": text.sha256},
+            mixed=False,
+        )
