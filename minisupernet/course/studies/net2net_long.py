@@ -97,6 +97,10 @@ class Settings:
     most: int | None = None
     looks: int = 8
 
+    def rates(self) -> tuple[float, ...]:
+        """What a network from scratch tries."""
+        return tuple(self.rate * share for share in self.starts)
+
 
 QUICK = Settings(batch=16, validation=50, most=100, looks=2)
 
@@ -248,9 +252,9 @@ def measure(
         StudyError: for a unit that does not exist.
     """
     check_unit(phase, arm)
-    quick = profile == "quick"
-    settings = QUICK if quick else Settings()
-    sizes = (QUICK_PHASES if quick else PHASES)[phase]
+    full = profile == "full"
+    settings = Settings() if full else QUICK
+    sizes = (PHASES if full else QUICK_PHASES)[phase]
     crop, most = settings.crop, settings.most
     pictures = Pictures(images, settings.validation, settings.batch, crop, most=most)
     lesson = Lesson(pictures, settings, seed)
@@ -259,15 +263,12 @@ def measure(
     start, large = _start(arm, teacher, sizes, lesson), _large(sizes, lesson)
     costs = lesson.operations(teacher), lesson.operations(large())
     steps = _steps(arm, sizes, *costs)
-    scratch = arm.startswith("scratch")
-    base, shares = about["rate"], settings.restarts
-    if scratch:
-        base, shares = settings.rate, settings.starts
-    kept = checkpoint and checkpoint.with_suffix(".rate")
-    rates = tuple(base * share for share in shares)
+    kept, rates = checkpoint and checkpoint.with_suffix(".rate"), settings.rates()
+    if not (scratch := arm.startswith("scratch")):
+        rates = tuple(about["rate"] * share for share in settings.restarts)
     chosen = lesson.choose(start, rates, sizes, kept)
-    network = start()
-    before, first = lesson.accuracy(network), 0 if scratch else sizes.first
+    network, first = start(), 0 if scratch else sizes.first
+    before = lesson.accuracy(network)
     history = lesson.train(network, chosen["rate"], steps, first, checkpoint)
     report(f"{phase}, {arm}, seed {seed}: {history.rows[-1]}")
     if kept:
@@ -366,9 +367,8 @@ def _train_teacher(
 ) -> dict:
     """Train a teacher in place, at the best of its rates; what is recorded of it."""
     settings, untrained = lesson.settings, copy.deepcopy(network)
-    rates = tuple(settings.rate * share for share in settings.starts)
-    kept = file and file.with_suffix(".rate")
-    chosen = lesson.choose(lambda: copy.deepcopy(untrained), rates, phase, kept)
+    kept, start = file and file.with_suffix(".rate"), lambda: copy.deepcopy(untrained)
+    chosen = lesson.choose(start, settings.rates(), phase, kept)
     unfinished = file and file.with_suffix(".unfinished")
     history = lesson.train(network, chosen["rate"], phase.first, checkpoint=unfinished)
     return {
