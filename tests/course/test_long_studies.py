@@ -9,6 +9,20 @@ import torch
 from support import coloured_squares
 
 from minisupernet.course import studies
+from minisupernet.course.report.long_studies import (
+    FAMILY_NAMES,
+    GROWTH_NAMES,
+    TEXT_NAMES,
+    best_short_rate,
+    family_leads_table,
+    family_table,
+    growth_figure,
+    growth_table,
+    lead,
+    text_table,
+    units,
+)
+from minisupernet.course.statistics import verdict
 from minisupernet.course.studies import (
     SOURCE,
     hyperlstm_long,
@@ -21,7 +35,7 @@ from minisupernet.course.studies.growing import conv_net
 from minisupernet.data.episodes import Batch
 from minisupernet.data.library import python_source
 from minisupernet.data.text import CharacterModel, Text, streams
-from minisupernet.errors import StudyError, TextError
+from minisupernet.errors import ResultError, StudyError, TextError
 
 
 def lasting(run: dict) -> dict:
@@ -393,3 +407,102 @@ def test_a_unit_of_growth_that_does_not_exist_is_refused():
         net2net_long.check_unit("longer", "copies")
     with pytest.raises(StudyError, match="no arm 'zero' of deeper; choose one of copi"):
         net2net_long.check_unit("deeper", "zero")
+
+
+# Tables of what is recorded so far
+
+
+def family_record(arm: str, seed: int, own: float, changes: str = "colours") -> dict:
+    shown = {"own": own} | ({"wrong": own - 0.04} if arm == "pudnet" else {})
+    which = {"arm": arm, "changes": changes, "channels": 8, "steps": 6_000}
+    return {**which, "seed": seed, "test": {"5": shown}}
+
+
+def test_the_family_is_drawn_from_the_units_there_are():
+    runs = [family_record("pudnet", seed, 0.53 + seed / 100) for seed in range(3)]
+    apart = enumerate((0.50, 0.52, 0.51))
+    runs += [family_record("one_network", seed, own) for seed, own in apart]
+    runs += [family_record("one_network", 0, 0.61, "none")]
+    cells = {
+        line.split("|")[1].strip(): line for line in family_table(runs).data.split("\n")
+    }
+    assert "54.0 (51.5 to 56.5), n = 3" in cells["PudNet"] and "–" in cells["PudNet"]
+    assert "61.0 (n = 1: no interval)" in cells["one network"]
+    assert "50.0 (47.5 to 52.5)" in cells["PudNet shown another data set"]
+    assert "PudNet, sketch with labels" not in cells
+    leads = family_leads_table(runs).data
+    assert "3.0 (0.5 to 5.5): higher" in leads and "4.0 (4.0 to 4.0): higher" in leads
+    both = ({"arm": arm, "changes": "colours"} for arm in ("pudnet", "one_network"))
+    assert verdict(lead(runs, *both, "test.5.own")) == "higher"
+
+
+def test_units_are_one_a_seed():
+    runs = [family_record("pudnet", 0, 0.5), family_record("pudnet", 0, 0.5, "all")]
+    assert units(runs, "test.5.own", changes="all") == {0: 0.5}
+    with pytest.raises(ResultError, match="several units of one seed have arm pudnet"):
+        units(runs, "test.5.own", arm="pudnet")
+    with pytest.raises(ResultError, match="no recorded unit has arm aligned"):
+        units(runs, "test.5.own", arm="aligned")
+    with pytest.raises(ResultError, match="the arm 'pudnet' has no test.1.own"):
+        units(runs, "test.1.own", changes="all")
+
+
+def test_growth_is_judged_beside_what_it_cost():
+    runs = [
+        {
+            "phase": "wider",
+            "arm": arm,
+            "seed": seed,
+            "steps": 3_000,
+            "operations": operations,
+            "train_loss": 0.5,
+            "test": test + seed / 1000,
+        }
+        for arm, operations, test in (
+            ("copies", 2e13, 0.80),
+            ("scratch_operations", 2e13, 0.79),
+            ("scratch_thrice", 6e13, 0.83),
+        )
+        for seed in range(3)
+    ]
+    lines = growth_table(runs, "wider").data.split("\n")
+    assert len(lines) == 5 and "| 3.00 |" in lines[4] and "lower" in lines[4]
+    assert "| 1.00 |" in lines[3] and "1.0 (1.0 to 1.0): higher" in lines[3]
+    drawn = growth_figure(runs, "wider").axes[0]
+    assert [line.get_label() for line in drawn.lines] == [
+        GROWTH_NAMES[arm] for arm in ("copies", "scratch_operations", "scratch_thrice")
+    ]
+    assert set(GROWTH_NAMES) == {*net2net_long.ARMS["wider"]}
+
+
+def test_text_is_compared_at_equally_many_characters():
+    runs = [
+        {
+            "arm": arm,
+            "characters": characters,
+            "rate": 0.01,
+            "seed": seed,
+            "parameters": 500_000,
+            "train_bits": 1.5,
+            "train_seconds": 600.0,
+            "validation": bits,
+            "test": bits + seed / 100,
+        }
+        for arm, characters, bits in (
+            ("layer_norm_lstm", 7_000_000, 1.5),
+            ("hyperlstm", 7_000_000, 1.45),
+            ("layer_norm_lstm", 8_000_000, 1.48),
+        )
+        for seed in range(3)
+    ] + [
+        {"arm": "lstm", "characters": 9, "rate": rate, "seed": 0, "validation": bits}
+        for rate, bits in ((0.1, 3.0), (0.2, 2.0), (0.3, 2.5))
+    ]
+    lines = text_table(runs).data.split("\n")[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [
+        TEXT_NAMES[arm] for arm in ("hyperlstm", "layer_norm_lstm", "layer_norm_lstm")
+    ]
+    assert "-0.050 (-0.050 to -0.050): lower" in lines[0] and "1.460" in lines[0]
+    assert best_short_rate(runs, "validation", False, arm="lstm", characters=9) == 0.2
+    assert set(TEXT_NAMES) == {*hyperlstm_long.ARMS}
+    assert set(FAMILY_NAMES) == {*pudnet_family.ARMS}
