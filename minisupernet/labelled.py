@@ -29,6 +29,7 @@ __all__ = [
     "LabelledNet",
     "Lesson",
     "Lessons",
+    "difference",
     "examples",
     "train_labelled",
 ]
@@ -123,16 +124,22 @@ class LabelledNet(MakesWeights):
     def task_vectors(self, images: Tensor, labels: Tensor) -> Tensor:
         """z = u_a - u_b of each task, (T, z_dim), from examples as `forward` has."""
         _check(images, labels)
-        e = self.encoder(images.flatten(0, 1)).unflatten(0, labels.shape)  # (T, S, d)
-        yes = labels.unsqueeze(2).to(e.dtype)  # (T, S, 1)
-        u_a = (yes * e).sum(1) / yes.sum(1)  # (T, d)
-        u_b = ((1 - yes) * e).sum(1) / (1 - yes).sum(1)
-        return u_a - u_b
+        e = self.encoder(images.flatten(0, 1))  # (T * S, z_dim)
+        return difference(e.unflatten(0, labels.shape), labels)
 
     def class_vectors(self, images: Tensor) -> Tensor:
         """u of each class, (C, z_dim), from n examples of each, (C, n, 3, 32, 32)."""
         e = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         return e.mean(1)
+
+
+def difference(e: Tensor, labels: Tensor) -> Tensor:
+    """z = u_a - u_b (T, z_dim), the mean of e over label 1 minus that over label 0,
+    from e (T, S, z_dim) and labels (T, S)."""
+    yes = labels.unsqueeze(2).to(e.dtype)  # (T, S, 1)
+    u_a = (yes * e).sum(1) / yes.sum(1)  # (T, z_dim)
+    u_b = ((1 - yes) * e).sum(1) / (1 - yes).sum(1)
+    return u_a - u_b
 
 
 def _check(images: Tensor, labels: Tensor) -> None:

@@ -24,7 +24,7 @@ from minisupernet.course.report.opponents import (
 from minisupernet.course.statistics import paired
 from minisupernet.course.studies import opponents
 from minisupernet.course.studies.arms import Fold
-from minisupernet.course.studies.opponents import GROUPS, Prior, measure
+from minisupernet.course.studies.opponents import GROUPS, measure
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.course.studies.setups import many_tasks, unseen_pairs
 from minisupernet.course.studies.trunk import (
@@ -33,6 +33,7 @@ from minisupernet.course.studies.trunk import (
     Trunk,
     fit_logistic,
 )
+from minisupernet.course.studies.units import Prior
 from minisupernet.errors import ResultError, SetupError, StudyError
 from minisupernet.fitting import accuracy
 

@@ -1,5 +1,5 @@
-"""What is measured for chapters 2, 3, 4 and 8: a module a system, each with a function
-`measure`.
+"""What is measured for chapters 2, 3, 4, 8 and 9: a module a system, each with a
+function `measure`.
 
 A long study is cut into units of one arm and one seed, which are recorded as they end.
 """
@@ -66,6 +66,11 @@ STUDIES = {
         },
     ),
     "pudnet": Study("08_pudnet.json", "cifar100"),
+    "labelled": Study(
+        "09_labelled.json",
+        "cifar100",
+        {"of_experiment": 2, "fold": 0, "group": "look", "channels": 16, "steps": 0},
+    ),
     "pudnet_family": Study(
         "08_pudnet_family.json",
         "cifar100",

@@ -23,22 +23,18 @@ Every arm is recorded by "test", an image alone, and by "test_mirrored", the mea
 of an image and its mirror image.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minisupernet.course.records import fingerprint, rounded
-from minisupernet.course.studies.arms import Fold, Trained
+from minisupernet.course.studies.arms import Fold
 from minisupernet.course.studies.rates import best_rate
-from minisupernet.course.studies.setups import Setup, many_tasks, unseen_pairs
 from minisupernet.course.studies.trunk import (
     Lesson,
     Logistic,
@@ -47,138 +43,54 @@ from minisupernet.course.studies.trunk import (
     measure_head,
     measure_nearest_mean,
 )
+from minisupernet.course.studies.units import (
+    Amount,
+    Arms,
+    FitAt,
+    Plan,
+    Prior,
+    Report,
+    Unit,
+    check_group,
+    fit_task_vectors,
+    fitted,
+    measure_group,
+)
 from minisupernet.data import ImageSet
-from minisupernet.data.tasks import BinaryTasks, TaskImages
-from minisupernet.errors import StudyError
-from minisupernet.files import whole_file
+from minisupernet.data.tasks import TaskImages
 from minisupernet.fitting import Fit, fit_alone, fit_weights
 from minisupernet.seeds import step_generator
-from minisupernet.target import run_tasks
-from minisupernet.training import frozen
 
-__all__ = ["GROUPS", "Prior", "Settings", "check_unit", "measure"]
+__all__ = ["GROUPS", "Settings", "check_unit", "measure", "train_trunk"]
 
 Weights = dict[str, Tensor]
-Report = Callable[[str], None]
-FitAt = Callable[[Fit], Weights]
-Arms = dict[str, Callable[[], dict]]  # each measures one arm, for the record
 RANK = 32  # principal directions of `head_32`: as many numbers as z has
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How much is done.
-
-    `sizes` are training images of a class, None for all but the validation images, and
-    `fit_steps` how long an arm is fitted to them; `long_sizes`, `long_steps` and
-    `longest` are those of the arms that train for longer.
-    Every choice starts from three candidates, a factor 3 or 10 apart, and goes on where
-    the best is at an edge, to `most` at the most.
-    """
+class Settings(Amount):
+    """How much is done: beside what every study says, `long_sizes`, `long_steps` and
+    `longest` of the arms that train for longer, and how trunks and heads are chosen."""
 
     sizes: tuple[int | None, ...] = (5, 10, 20, 50, 100, None)
     fit_steps: int = 300
+    most: int = 6
     long_sizes: tuple[int | None, ...] = (5, 20, None)
     long_steps: tuple[int, ...] = (300, 1_000, 3_000)
     longest: tuple[int, ...] = (10_000,)
     trial_steps: int = 200
     trunk_rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
     strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    most: int = 6
 
 
 FULL = Settings()
-QUICK = Settings((5, None), 20, (5,), (10, 30), (60,), trial_steps=5, most=3)
+QUICK = Settings((5, None), 20, 3, (5,), (10, 30), (60,), trial_steps=5)
 
 
-@dataclass(frozen=True, eq=False)
-class Unit:
-    """One group of arms on one fold: the held-out tasks' `numbers`, how much is done,
-    and the checkpoint from which a killed unit goes on."""
-
-    fold: Fold
-    numbers: list[int]
-    settings: Settings
-    report: Report
-    checkpoint: Path | None
-
-    def once(self, name: str, measure: Callable[[], dict]) -> dict:
-        """What `measure` returns, kept beside the checkpoint so that a killed unit does
-        not measure it again."""
-        done = {}
-        if self.checkpoint is None:
-            return measure()
-        if self._so_far.exists():
-            done = json.loads(self._so_far.read_text(encoding="utf-8"))
-        if name not in done:
-            done[name] = measure()
-            with whole_file(self._so_far) as part:
-                part.write_text(json.dumps(done), encoding="utf-8")
-        return done[name]
-
-    def forget(self) -> None:
-        """Remove what was kept for a unit that is killed."""
-        if self.checkpoint is not None:
-            self._so_far.unlink(missing_ok=True)
-
-    @property
-    def _so_far(self) -> Path:
-        return self.checkpoint.with_suffix(".so_far")
-
-
-class Prior(NamedTuple):
-    """What is known of new tasks' z = u_a - u_b before their images are seen: normal,
-    with this `mean` (T, z_dim) and covariance L L', L being the `root`.
-
-    A class that training asked about has its vector; one that is new is drawn as the
-    others were.
-    """
-
-    mean: Tensor
-    root: Tensor
-
-    @classmethod
-    def of(cls, trained: Trained, tasks: BinaryTasks) -> "Prior":
-        """That of these held-out tasks, each of which has as many new classes."""
-        met = dict(zip(trained.fold.training_tasks().classes, trained.u, strict=True))
-        others = torch.stack([u for c, u in met.items() if c not in tasks.classes])
-        first, second = (
-            torch.stack([met.get(c, others.mean(0)) for c in side])
-            for side in (tasks.positive, tasks.negative)
-        )
-        new = sum(c not in met for c in (tasks.positive[0], tasks.negative[0]))
-        values, directions = torch.linalg.eigh(new * torch.cov(others.T))
-        return cls(first - second, directions * values.clamp(min=0).sqrt())
-
-
-class Plan(NamedTuple):
-    """What a group does: the arms to be measured on some tasks' images, at so many
-    `sizes`, and what the record says at the end of what they stand on."""
-
-    sizes: tuple[int | None, ...]
-    arms_of: Callable[[TaskImages], dict[str, Callable[[], dict]]]
-    about: Callable[[], dict] = dict
-
-
-def check_unit(
-    of_experiment: int, fold: int, group: str, channels: int, steps: int
-) -> None:
+def check_unit(**unit: int | str) -> None:
     """Raise a StudyError where there is no such unit, or a SetupError for channels or
     steps that are out of their range."""
-    if group not in GROUPS:
-        raise StudyError(f"there is no group '{group}'; choose of {', '.join(GROUPS)}.")
-    setup = _setup(of_experiment, "full", channels, steps)
-    if not 0 <= fold < setup.folds:
-        raise StudyError(f"there is no fold {fold}; choose 0 to {setup.folds - 1}.")
-
-
-def _setup(of_experiment: int, profile: str, channels: int, steps: int) -> Setup:
-    make = unseen_pairs if of_experiment == 2 else many_tasks
-    setup = make(of_experiment, profile)
-    training = replace(setup.training, steps=steps or setup.training.steps)
-    setup = replace(setup, channels=channels, training=training)
-    setup.check()
-    return setup
+    check_group(GROUPS, **unit)
 
 
 def measure(
@@ -187,55 +99,13 @@ def measure(
     profile: str,
     report: Report,
     checkpoint: Path | None,
-    of_experiment: int,
-    fold: int,
-    group: str,
-    channels: int,
-    steps: int,
+    **unit: int | str,
 ) -> dict:
-    """One group of arms on the held-out tasks of one fold; a dict ready for JSON.
-
-    Args:
-        of_experiment: 1, or 2 for pairs of classes that no question was about.
-        group: a key of `GROUPS`.
-        channels: of the target's convolutions.
-        steps: of the training of the trunk or the generator; 0 for the set-up's.
-
-    Raises:
-        StudyError: for a unit that does not exist.
-        SetupError: for channels or steps that are out of their range.
-    """
-    check_unit(of_experiment, fold, group, channels, steps)
-    setup, first = _setup(of_experiment, profile, channels, steps), of_experiment == 1
-    held = Fold.of(setup, images, seed, fold)
-    half = len(held.tasks) // 2
-    numbers = [number for number in held.held_out if first or number < half]
+    """One group of arms on the held-out tasks of one fold, as `measure_group` takes a
+    unit; a dict ready for JSON."""
     settings = QUICK if profile == "quick" else FULL
-    found = _carry_out(Unit(held, numbers, settings, report, checkpoint), GROUPS[group])
-    return {
-        "of_experiment": of_experiment,
-        "fold": fold,
-        "group": group,
-        "channels": channels,
-        "steps": setup.training.steps,
-        "settings": asdict(settings),
-        "weights": held.spec.size,
-        "held_out": numbers,
-        **found,
-    }
-
-
-def _carry_out(unit: Unit, group: Callable[[Unit], Plan]) -> dict:
-    plan, few = group(unit), {}
-    for size in plan.sizes:
-        name = "all" if size is None else str(size)
-        arms = plan.arms_of(unit.fold.data(unit.numbers, size))
-        found = {arm: unit.once(f"{arm} {name}", run) for arm, run in arms.items()}
-        few[name] = found
-        said = [f"{arm} {fmean(each['test']):.3f}" for arm, each in found.items()]
-        unit.report(f"{name} images a class: {', '.join(said)}")
-    unit.forget()
-    return {**plan.about(), "few": few}
+    rest = (images, seed, profile, report, checkpoint)
+    return measure_group(GROUPS, settings, *rest, **unit)
 
 
 def _heads(unit: Unit) -> Plan:
@@ -276,11 +146,11 @@ def _from_trunk(unit: Unit) -> Plan:
         _, head = _head(TaskFeatures.of(trunk, data), unit.settings)
         start = spec.join(trunk.with_head(head))  # (T, P)
         biases = [each.name for each in spec.tensors if each.name.endswith("bias")]
-        fitted = partial(_fitted, unit, data)
+        fit = partial(fitted, unit, data)
         return {
-            "biases": lambda: fitted(1e-3, _weights_fit(unit, data, start, biases)),
-            "lora": lambda: fitted(1e-3, partial(_fit_lora, unit.fold, data, start)),
-            "trunk_fine_tuned": lambda: fitted(1e-4, _weights_fit(unit, data, start)),
+            "biases": lambda: fit(1e-3, _weights_fit(unit, data, start, biases)),
+            "lora": lambda: fit(1e-3, partial(_fit_lora, unit.fold, data, start)),
+            "trunk_fine_tuned": lambda: fit(1e-4, _weights_fit(unit, data, start)),
         }
 
     return Plan(unit.settings.sizes, arms_of, lambda: {"trunk": about})
@@ -292,11 +162,11 @@ def _prior(unit: Unit) -> Plan:
     prior = Prior.of(trained, unit.fold.tasks.select(unit.numbers))
 
     def arms_of(data: TaskImages) -> Arms:
-        fitted = partial(_fitted, unit, data)
-        plain = partial(_fit_z, trained, data)
+        fit = partial(fitted, unit, data)
+        plain = partial(fit_task_vectors, trained, data)
         return {
-            "z_only": lambda: fitted(3e-3, partial(plain, None)),
-            "z_prior": lambda: fitted(3e-2, partial(plain, prior)),
+            "z_only": lambda: fit(3e-3, partial(plain, None)),
+            "z_prior": lambda: fit(3e-2, partial(plain, prior)),
         }
 
     def about() -> dict:
@@ -340,7 +210,7 @@ def _trained_for(
     """Arms that fit all weights from `start`, each for so many steps."""
     fit_at, rate = _weights_fit(unit, data, start), 3e-4
     return {
-        f"{name}_{count}": partial(_fitted, unit, data, rate, fit_at, count)
+        f"{name}_{count}": partial(fitted, unit, data, rate, fit_at, count)
         for count in steps
     }
 
@@ -398,80 +268,32 @@ def _fit_lora(fold: Fold, data: TaskImages, start: Tensor, fit: Fit) -> Weights:
     return {name: own.detach() for name, own in weights().items()}
 
 
-def _fit_z(
-    trained: Trained, data: TaskImages, prior: Prior | None, fit: Fit
-) -> Weights:
-    """Fit z itself, from the mean of the trained ones, or the e of z = mean + L e under
-    a prior."""
-    fold, generator = trained.fold, trained.generator
-    start = trained.mean_z() if prior is None else torch.zeros(generator.z_dim)
-    e = nn.Parameter(start.expand(len(data.tasks), -1).clone())
-    counts = data.splits["train"].counts[data.classes].sum(1, keepdim=True)  # (T, 1)
-
-    def weights() -> Weights:
-        return generator(e if prior is None else prior.mean + e @ prior.root.T)
-
-    def penalty() -> Tensor:
-        return (e.square() / (2 * counts)).sum()  # the loss is a mean over the images
-
-    state, added = nn.ParameterDict({"e": e}), None if prior is None else penalty
-    with frozen(generator):
-        fit_alone(state, weights, [], [e], fold.target, data, fit, penalty=added)
-    with torch.no_grad():
-        return weights()
-
-
-def _fitted(
-    unit: Unit, data: TaskImages, rate: float, fit_at: FitAt, steps: int | None = None
-) -> dict:
-    """An arm at the best of its rates, a factor 3 apart and the first one `rate`."""
-    fold, steps = unit.fold, unit.settings.fit_steps if steps is None else steps
-
-    def trial(rate: float) -> tuple[float, Weights]:
-        weights = fit_at(replace(fold.fit_at(rate), steps=steps))
-        alone, _ = _accuracies(fold.target, weights, data, "validation")
-        return round(fmean(rounded(alone)), 4), weights
-
-    chosen = best_rate((rate, 3 * rate, 9 * rate), trial, unit.settings.most)
-    alone, mirrored = _accuracies(fold.target, chosen.result, data, "test")
-    found = {"rate": chosen.rate, "test": rounded(alone)}
-    return found | {"test_mirrored": rounded(mirrored), "tried": chosen.tried}
-
-
-@torch.no_grad()
-def _accuracies(
-    target: nn.Module, weights: Weights, data: TaskImages, split: str
-) -> Tensor:
-    """Accuracy of each task, (2, T): of an image alone, and by the mean logit of it and
-    its mirror image."""
-    right = count = 0
-    for images, labels, real in data.chunks(split):
-        alone = run_tasks(target, weights, images)  # (T, b)
-        mirror = run_tasks(target, weights, images.flip(-1))
-        logits = torch.stack([alone, (alone + mirror) / 2])
-        right = right + (((logits > 0) == (labels > 0)) & real).sum(2)
-        count = count + real.sum(1)
-    return right / count
-
-
-def _train_trunk(unit: Unit, episodes: bool = False) -> tuple[Trunk, dict]:
+def train_trunk(
+    unit: Unit, lesson: Lesson, rates: tuple[float, ...], trial_steps: int
+) -> tuple[Trunk, dict]:
     """The trunk at the rate that a short run found best, and what its training took."""
-    settings, fit = unit.settings, unit.fold.setup.training
-    lesson = Lesson.of(unit.fold, fit.images * fit.tasks, episodes)
+    steps = unit.fold.setup.training.steps
 
     def trial(rate: float) -> tuple[float, None]:
-        _, history = lesson.train(rate, settings.trial_steps)
+        _, history = lesson.train(rate, trial_steps)
         return round(history.last("validation_accuracy"), 4), None
 
     def choose() -> dict:
-        chosen = best_rate(settings.trunk_rates, trial, settings.most)
+        chosen = best_rate(rates, trial, unit.settings.most)
         return {"rate": chosen.rate, "tried": chosen.tried}
 
     about = unit.once("trunk", choose)
-    network, history = lesson.train(about["rate"], fit.steps, unit.checkpoint)
+    network, history = lesson.train(about["rate"], steps, unit.checkpoint)
     unit.report(f"trunk: {history.rows[-1]}")
     found = {"classes": len(lesson.classes), "history": history.rows}
     return Trunk(network, lesson), about | found | {"sha256": fingerprint(network)}
+
+
+def _train_trunk(unit: Unit, episodes: bool = False) -> tuple[Trunk, dict]:
+    """A trunk trained with as many images a step as the generator."""
+    settings, fit = unit.settings, unit.fold.setup.training
+    lesson = Lesson.of(unit.fold, fit.images * fit.tasks, episodes)
+    return train_trunk(unit, lesson, settings.trunk_rates, settings.trial_steps)
 
 
 STARTS = {"scratch": Fold.ordinary_start, "he": _he_start}

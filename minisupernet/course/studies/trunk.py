@@ -7,6 +7,7 @@ apart or, by episodes, to put images of one class near each other (Snell and oth
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,19 +42,31 @@ WAY, SHOT = 10, 5  # classes of an episode; support and query images of each
 @dataclass(frozen=True, eq=False)
 class Lesson:
     """What a trunk learns from: the trained classes of a fold, `images` of them a
-    step, by episodes or by telling all of them apart."""
+    step, by episodes or by telling all of them apart.
+
+    By episodes it may be another `body` than the target's, images to features (N, D).
+    """
 
     fold: Fold
     data: TaskImages
     classes: tuple[int, ...]
     images: int
     episodes: bool = False
+    body: Callable[[], nn.Module] | None = None
 
     @classmethod
-    def of(cls, fold: Fold, images: int, episodes: bool = False) -> "Lesson":
+    def of(
+        cls,
+        fold: Fold,
+        images: int,
+        episodes: bool = False,
+        body: Callable[[], nn.Module] | None = None,
+    ) -> "Lesson":
         """The one that the generator's own questions make."""
         asked = fold.training_tasks()
-        return cls(fold, fold.images_of(asked), asked.classes, images, episodes)
+        return cls(
+            fold, fold.images_of(asked), tuple(asked.classes), images, episodes, body
+        )
 
     def train(
         self, rate: float, steps: int, checkpoint: Path | None = None
@@ -76,6 +89,9 @@ class Lesson:
     def _new_network(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fold.seed)
+            if self.body is not None:
+                parts = {"body": self.body(), "output": nn.Identity()}
+                return nn.Sequential(OrderedDict(parts))
             network = TaskClassifier(self.fold.setup.channels)
             many = nn.Linear(network.output.in_features, len(self.classes))
         network.output = nn.Identity() if self.episodes else many

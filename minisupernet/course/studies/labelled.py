@@ -1,0 +1,293 @@
+"""The study of chapter 9: one look at labelled examples of classes never seen, and its
+controls, on the held-out tasks of experiments 1 and 2.
+
+A unit is one group of arms on one fold, in the form of `opponents`:
+
+* `look`: the generator, trained on the trained classes. `look`, one look at the
+  examples and their mirror images; `look_fitted`, z fitted from where the look put it;
+  `z_only` and `z_prior`, z fitted through the same generator from the mean z of the
+  trained tasks, and under a prior. Its controls: `shuffled`, the mean over some random
+  orders of each task's labels; `other_task`, the examples of the next task;
+  `untrained`, a generator at an ordinary start; `nearest_vector`, the encoder alone,
+  an image having the class whose vector is nearer.
+* `protonet`: prototypical networks, nothing generated: the same encoder trained by
+  episodes with as much arithmetic, and the nearest class mean.
+
+A head and a class mean on one shared network are those of `opponents`, on the same
+folds and seeds.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisupernet.course.records import fingerprint, rounded
+from minisupernet.course.studies.arms import Fold, Trained
+from minisupernet.course.studies.opponents import train_trunk
+from minisupernet.course.studies.rates import best_rate
+from minisupernet.course.studies.trunk import (
+    Lesson,
+    TaskFeatures,
+    measure_nearest_mean,
+)
+from minisupernet.course.studies.units import (
+    Amount,
+    Arms,
+    Plan,
+    Prior,
+    Report,
+    Unit,
+    accuracies,
+    check_group,
+    fit_task_vectors,
+    fitted,
+    measure_group,
+)
+from minisupernet.data import ImageSet, normalise
+from minisupernet.data.tasks import TaskImages
+from minisupernet.labelled import (
+    ExampleEncoder,
+    LabelledNet,
+    Lessons,
+    difference,
+    examples,
+    train_labelled,
+)
+from minisupernet.seeds import step_generator
+from minisupernet.training import History
+
+__all__ = ["GROUPS", "PROTONET_IMAGES", "Settings", "check_unit", "measure"]
+
+Weights = dict[str, Tensor]
+MEAN_OF = 50  # images of each trained class whose mean is its vector
+FEATURES = 100  # numbers in a feature of `protonet`, as many as the target's
+# images a step of `protonet`: as much arithmetic as a lesson of 40 questions on 20
+# images and, on average, 12 examples of each of 16 classes
+PROTONET_IMAGES = 500
+
+
+@dataclass(frozen=True)
+class Settings(Amount):
+    """How much is done: beside what every study says, how many `shuffles` the mean of
+    that arm is over, and how rates are chosen: the best of `rates` after
+    `trial_steps`."""
+
+    sizes: tuple[int | None, ...] = (1, 5, 10, 20, 50)
+    fit_steps: int = 300
+    most: int = 6
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    trunk_rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
+    trial_steps: int = 200
+    shuffles: int = 20
+
+
+FULL = Settings()
+QUICK = Settings((1, 5), 20, 3, trial_steps=5, shuffles=4)
+
+
+def check_unit(**unit: int | str) -> None:
+    """Raise a StudyError where there is no such unit, or a SetupError for channels or
+    steps that are out of their range."""
+    check_group(GROUPS, **unit)
+
+
+def measure(
+    images: ImageSet,
+    seed: int,
+    profile: str,
+    report: Report,
+    checkpoint: Path | None,
+    **unit: int | str,
+) -> dict:
+    """One group of arms on the held-out tasks of one fold, as `measure_group` takes a
+    unit; a dict ready for JSON."""
+    settings = QUICK if profile == "quick" else FULL
+    rest = (images, seed, profile, report, checkpoint)
+    return measure_group(GROUPS, settings, *rest, **unit)
+
+
+def _look(unit: Unit) -> Plan:
+    generator, about = _train(unit)
+    before = fingerprint(generator)
+    trained = _as_trained(unit.fold, generator)
+    prior = Prior.of(trained, unit.fold.tasks.select(unit.numbers))
+    untrained = _new_generator(unit.fold, 1_000, unit.fold.setup.z_share)
+
+    def arms_of(data: TaskImages) -> Arms:
+        shown = _with_mirrors(data)
+        fit_at = partial(fit_task_vectors, trained, data)
+        look = partial(_measure_look, unit, data)
+
+        def fit_from_look() -> dict:
+            with torch.no_grad():
+                z = generator.task_vectors(*shown)
+            return fitted(unit, data, 3e-3, lambda fit: fit_at(None, fit, z))
+
+        other = shown[0].roll(-1, 0), shown[1]
+        return {
+            "look": lambda: look(generator, shown),
+            "look_fitted": fit_from_look,
+            "z_only": lambda: fitted(unit, data, 3e-3, partial(fit_at, None)),
+            "z_prior": lambda: fitted(unit, data, 3e-2, partial(fit_at, prior)),
+            "nearest_vector": lambda: _nearest_vector(unit, data, generator),
+            "shuffled": lambda: _measure_shuffled(unit, data, generator, shown),
+            "other_task": lambda: look(generator, other),
+            "untrained": lambda: look(untrained, shown),
+        }
+
+    def end() -> dict:
+        after = {"sha256_before": before, "sha256_after": fingerprint(generator)}
+        return {**about, "generator": after}
+
+    return Plan(unit.settings.sizes, arms_of, end)
+
+
+def _train(unit: Unit) -> tuple[LabelledNet, dict]:
+    """The generator at the rate that a short run found best, and what its training
+    took."""
+    fold, settings = unit.fold, unit.settings
+    data, watch = fold.images_of(fold.training_tasks()), fold.data(fold.trained)
+
+    def run(
+        rate: float, steps: int, checkpoint: Path | None = None
+    ) -> tuple[LabelledNet, History]:
+        generator = _new_generator(fold)
+        fit = replace(fold.setup.training, rate=rate, z_rate=rate, seed=fold.seed)
+        fit = replace(fit, steps=steps, every=max(steps // 4, 1), z_decay=fit.decay)
+        kept = {"watch": watch, "checkpoint": checkpoint}
+        return generator, train_labelled(generator, fold.target, data, fit, **kept)
+
+    def trial(rate: float) -> tuple[float, None]:
+        _, history = run(rate, settings.trial_steps)
+        return round(history.last("validation_accuracy"), 4), None
+
+    def choose() -> dict:
+        chosen = best_rate(settings.rates, trial, settings.most)
+        return {"rate": chosen.rate, "tried": chosen.tried}
+
+    about = unit.once("training", choose)
+    steps = fold.setup.training.steps
+    generator, history = run(about["rate"], steps, unit.checkpoint)
+    unit.report(f"generator: {history.rows[-1]}")
+    sizes = {
+        name: sum(each.numel() for each in part.parameters())
+        for name, part in generator.named_children()
+    }
+    lessons = Lessons(data)
+    found = {"classes": len(data.tasks.classes), "history": history.rows}
+    found |= {"parameters": sizes, "most": lessons.most}
+    return generator, {"training": about | found}
+
+
+def _new_generator(fold: Fold, shift: int = 0, z_share: float = 0.0) -> LabelledNet:
+    setup = fold.setup
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold.seed + shift)
+        shape = (setup.z_dim, setup.hidden)
+        return LabelledNet(fold.spec, *shape, z_share=z_share).to(fold.images.device)
+
+
+@torch.no_grad()
+def _as_trained(fold: Fold, generator: LabelledNet) -> Trained:
+    """The generator as one of chapters 6 and 7, its class vectors being what it says
+    of the first training images of each trained class."""
+    data = fold.images_of(fold.training_tasks())
+    split, images, known = data.splits["train"], fold.images, data.tasks.classes
+    u = []
+    for number in known:
+        own = split.members[number, : split.counts[number]][:MEAN_OF]
+        pixels = normalise(images.train_images[own], images.mean, images.std)
+        u.append(generator.class_vectors(pixels[None])[0])
+    place = {number: n for n, number in enumerate(known)}
+    u, tasks = torch.stack(u), fold.tasks.select(fold.trained)
+    a, b = ([place[n] for n in side] for side in (tasks.positive, tasks.negative))
+    return Trained(fold, generator.supernet, u[a] - u[b], u, History())
+
+
+def _with_mirrors(data: TaskImages) -> tuple[Tensor, Tensor]:
+    """All training images of `data` and their mirror images, and the labels of both."""
+    images, labels = examples(
+        data, int(data.splits["train"].counts[data.classes].min())
+    )
+    return torch.cat([images, images.flip(-1)], 1), torch.cat([labels, labels], 1)
+
+
+def _measure_look(
+    unit: Unit, data: TaskImages, generator: LabelledNet, shown: tuple[Tensor, Tensor]
+) -> dict:
+    began = time.perf_counter()
+    with torch.no_grad():
+        weights = generator(*shown)
+    seconds = (time.perf_counter() - began) / len(data.tasks)
+    return _tested(unit, data, weights) | {"seconds": round(seconds, 5)}
+
+
+def _tested(unit: Unit, data: TaskImages, weights: Weights) -> dict:
+    alone, mirrored = accuracies(unit.fold.target, weights, data, "test")
+    return {"test": rounded(alone), "test_mirrored": rounded(mirrored)}
+
+
+@torch.no_grad()
+def _measure_shuffled(
+    unit: Unit, data: TaskImages, generator: LabelledNet, shown: tuple[Tensor, Tensor]
+) -> dict:
+    """Every look at the same examples, their labels in another random order for each
+    task; the mean over looks. An image and its mirror image keep one label."""
+    images, labels = shown
+    half, total = labels.shape[1] // 2, 0
+    e = generator.encoder(images.flatten(0, 1)).unflatten(0, labels.shape)
+    random = step_generator(unit.fold.seed, -4, labels.device)
+    for _ in range(unit.settings.shuffles):
+        order = torch.rand(
+            len(labels), half, generator=random, device=labels.device
+        ).argsort(1)
+        mixed = labels[:, :half].gather(1, order).repeat(1, 2)
+        weights = generator.supernet(difference(e, mixed))
+        total = total + accuracies(unit.fold.target, weights, data, "test")
+    alone, mirrored = total / unit.settings.shuffles
+    return {"test": rounded(alone), "test_mirrored": rounded(mirrored)}
+
+
+class _AsTrunk:
+    """The encoder where a trunk is expected: what it says of an image and of its mirror
+    image are the features."""
+
+    def __init__(self, encoder: ExampleEncoder, images: ImageSet) -> None:
+        self.encoder, self.images = encoder, images
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        def of(each: Tensor) -> Tensor:
+            shown = (
+                normalise(part, self.images.mean, self.images.std)
+                for part in each.split(500)
+            )
+            return torch.cat([self.encoder(part) for part in shown])
+
+        return torch.stack([of(pixels), of(pixels.flip(-1))])
+
+
+def _nearest_vector(unit: Unit, data: TaskImages, generator: LabelledNet) -> dict:
+    trunk = _AsTrunk(generator.encoder, unit.fold.images)
+    return measure_nearest_mean(TaskFeatures.of(trunk, data))
+
+
+def _protonet(unit: Unit) -> Plan:
+    body = partial(ExampleEncoder, FEATURES)
+    lesson = Lesson.of(unit.fold, PROTONET_IMAGES, episodes=True, body=body)
+    settings = unit.settings
+    trunk, about = train_trunk(unit, lesson, settings.trunk_rates, settings.trial_steps)
+
+    def arms_of(data: TaskImages) -> Arms:
+        features = TaskFeatures.of(trunk, data)
+        return {"protonet": lambda: measure_nearest_mean(features)}
+
+    return Plan(settings.sizes, arms_of, lambda: {"trunk": about})
+
+
+GROUPS: dict[str, Callable[[Unit], Plan]] = {"look": _look, "protonet": _protonet}
