@@ -5,13 +5,14 @@ network sees them.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ImageSet", "augment", "held_back", "normalise"]
+__all__ = ["ImageSet", "augment", "held_back", "near_copies", "normalise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,3 +131,22 @@ def _outside(start: Tensor, length: int, size: int) -> Tensor:
     """
     offset = torch.arange(size, device=start.device) - start.unsqueeze(1)
     return (offset < 0) | (offset >= length)
+
+
+def near_copies(first: Tensor, second: Tensor, within: float = 6.0) -> Tensor:
+    """Which of the first images (N, 3, 32, 32) uint8 have one among the second (M, 3,
+    32, 32) that is nearly the same picture, (N,) bool.
+
+    Two are where their thumbnails of 8 x 8 pixels, each without its mean brightness,
+    differ by less than `within` of 255, root mean square: a burst of photographs does,
+    and a picture that was resized or stored twice.
+    """
+    ours, theirs = _thumbnails(first), _thumbnails(second)  # (N, 192), (M, 192)
+    limit = within * math.sqrt(ours.shape[1])
+    found = [torch.cdist(piece, theirs).amin(1) < limit for piece in ours.split(500)]
+    return torch.cat(found)
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    small = functional.avg_pool2d(images.float(), 4).flatten(1)
+    return small - small.mean(1, keepdim=True)

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from minisupernet.data import augment, load, normalise, shapes
+from minisupernet.data.images import near_copies
 from minisupernet.data.needs import NEEDS, chapters_served
 from minisupernet.errors import DataError
 from minisupernet.files import data_folder
@@ -713,6 +714,18 @@ def numbered_images(*leading: int) -> torch.Tensor:
         dtype=torch.uint8,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def test_near_copies_are_found_and_other_pictures_are_not(squares):
+    random = torch.Generator().manual_seed(0)
+    pictures = squares.train_images[:200]
+    noise = torch.randint(-9, 10, pictures.shape, generator=random)
+    lighter = torch.randint(-20, 21, (200, 1, 1, 1), generator=random)
+    again = (pictures.int() + noise + lighter).clamp(0, 255).byte()
+    assert near_copies(again[:20], pictures).all()
+    order = torch.randperm(200, generator=random)
+    assert near_copies(again[order], pictures[:100]).equal(order < 100)
+    assert not near_copies(squares.test_images[:50], pictures).any()
 
 
 def augmented(images: torch.Tensor, seed: int = 0, **options) -> torch.Tensor:
