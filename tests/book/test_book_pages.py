@@ -22,6 +22,7 @@ QUIZZES = sorted(path.stem for path in BOOK.glob("quiz_*.md"))
 OPTION = re.compile(
     r":::\{dropdown\} ([^\n]+)\n:class-container: quiz-(\w+)\n\n(.+?)\n:::", re.DOTALL
 )
+TIMED = ("01_cifar_data", "02_net2net")  # all chapters, in the end
 each_quiz = pytest.mark.parametrize("quiz", QUIZZES)
 
 
@@ -156,6 +157,40 @@ def test_reading_times_are_those_of_the_chapters():
             assert re.search(r"Reading takes (\d+) minutes", chapter)[1] == minutes, (
                 name
             )
+
+
+def reading_minutes(chapter: Path) -> float:
+    """By the rule of the first page: 150 words or 15 lines of open code a minute, up to
+    the exercises."""
+    words = lines = 0
+    for cell in json.loads(chapter.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            folded = {"hide-cell", "hide-input", "remove-cell"}
+            if not folded & set(cell["metadata"].get("tags", ())):
+                lines += sum(bool(line.strip()) for line in source.splitlines())
+            continue
+        open_text = re.sub(r"<details>.*?</details>", "", source, flags=re.DOTALL)
+        before, found, _ = open_text.partition("## Exercises")
+        plain = re.sub(r"\$\$.*?\$\$|\]\(.*?\)|[|*#-]", " ", before, flags=re.DOTALL)
+        words += len(plain.split())
+        if found:
+            break
+    return words / 150 + lines / 15
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_the_time_of_a_chapter_follows_the_rule(name):
+    assert "150 words or 15 lines of open code a minute" in text("intro.md")
+    chapter = ROOT / "notebooks" / f"{name}.ipynb"
+    first = "".join(json.loads(chapter.read_text())["cells"][0]["source"])
+    said = re.search(
+        r"\*\*Time\.\*\* Reading takes (\d+) minutes, exercises apart\. A quick run"
+        r" takes .+? on two CPU cores[,.]",
+        re.sub(r"\s+", " ", first),
+    )
+    minutes = reading_minutes(chapter)
+    assert said and abs(int(said[1]) - minutes) <= 5, f"reading: {minutes:.0f} minutes"
 
 
 def messages() -> list[str]:
