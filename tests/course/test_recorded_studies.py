@@ -8,10 +8,10 @@ from statistics import fmean
 import pytest
 
 from minisupernet.course.records import load_runs, results_file
+from minisupernet.course.report.net2net import choose
 from minisupernet.course.report.pudnet import against, headline, on_episodes
 from minisupernet.course.statistics import Interval, interval, paired, verdict
 from minisupernet.course.studies import SOURCE, STUDIES
-from minisupernet.course.studies.net2net import choose
 
 SEEDS = {"net2net": 3, "static_hypernet": 3, "hyperlstm": 3, "pudnet": 3}
 CHECKSUMS = {

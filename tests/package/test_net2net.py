@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from torchvision.models.mobilenetv2 import InvertedResidual
 
 from minisupernet.course.records import fingerprint
+from minisupernet.course.report.net2net import choose, cost_to_reach
 from minisupernet.course.studies.growing import Growing, Settings, conv_net
 from minisupernet.course.studies.net2net import (
-    choose,
-    cost_to_reach,
     deepened,
     measure,
     padded,

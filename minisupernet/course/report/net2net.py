@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minisupernet.course.plots import COLOURS, new_figure, table
 from minisupernet.course.statistics import interval, paired, verdict
-from minisupernet.course.studies.net2net import SCHEDULES, choose, cost_to_reach
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -22,8 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accuracy_table",
+    "choose",
     "chosen_schedules",
     "computation_table",
+    "cost_to_reach",
     "differences_table",
     "matrices",
     "recorded_curves",
@@ -32,6 +33,7 @@ __all__ = [
     "final_accuracy",
 ]
 
+SCHEDULES = ("early", "late")
 PHASES = {"wider": "wider", "deeper_8": "to 8 layers", "deeper_20": "to 20 layers"}
 ARMS = {
     "teacher": "teacher goes on",
@@ -102,6 +104,17 @@ def _matrix(
     axes.grid(True, which="minor", color="white", linewidth=2, alpha=1)
     axes.spines[:].set_visible(False)
     axes.tick_params(which="both", length=0)
+
+
+def choose(arm: dict) -> str:
+    """The schedule of an arm that is better on validation images."""
+    return max(SCHEDULES, key=lambda schedule: arm[schedule]["validation"])
+
+
+def cost_to_reach(curve: Sequence[dict], accuracy: float) -> float | None:
+    """The floating-point operations after which a curve first reached an accuracy; None
+    where it never did."""
+    return next((row["flops"] for row in curve if row["test"] >= accuracy), None)
 
 
 def final_accuracy(runs: Sequence[dict], phase: str, arm: str) -> list[float]:

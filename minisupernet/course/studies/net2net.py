@@ -18,8 +18,6 @@ from minisupernet.net2net import Widening, deepen, insert_random, pad, widen
 
 __all__ = [
     "SCHEDULES",
-    "choose",
-    "cost_to_reach",
     "deepened",
     "measure",
     "padded",
@@ -126,20 +124,6 @@ def stage_ends(model: nn.Module) -> list[str]:
         elif isinstance(module, nn.Conv2d) and module.stride == (2, 2) and last:
             ends.append(last)
     return [*ends, last]
-
-
-def choose(arm: dict) -> str:
-    """The schedule of an arm that is better on validation images."""
-    return max(SCHEDULES, key=lambda schedule: arm[schedule]["validation"])
-
-
-def cost_to_reach(
-    curve: Sequence[dict], accuracy: float, cost: str = "flops"
-) -> float | None:
-    """What a curve had cost ("flops" or "seconds") when it first reached an accuracy;
-    None where it never did.
-    """
-    return next((row[cost] for row in curve if row["test"] >= accuracy), None)
 
 
 def measure(
