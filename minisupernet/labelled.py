@@ -22,7 +22,7 @@ from minisupernet.fitting import Fit, accuracy, answers, minimise
 from minisupernet.seeds import step_generator
 from minisupernet.supernet import SuperNet
 from minisupernet.target import MakesWeights, WeightSpec
-from minisupernet.training import History
+from minisupernet.training import History, constant, one_cycle, train
 
 __all__ = [
     "ExampleEncoder",
@@ -31,10 +31,12 @@ __all__ = [
     "Lessons",
     "difference",
     "examples",
+    "train_encoder",
     "train_labelled",
 ]
 
 Weights = dict[str, Tensor]  # name -> (T, *shape)
+SHARPNESS = 10.0  # of the encoder's own training: e has length 1
 
 
 class ExampleEncoder(nn.Module):
@@ -129,8 +131,12 @@ class LabelledNet(MakesWeights):
 
     def class_vectors(self, images: Tensor) -> Tensor:
         """u of each class, (C, z_dim), from n examples of each, (C, n, 3, 32, 32)."""
-        e = self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        return e.mean(1)
+        return _class_means(self.encoder, images)
+
+
+def _class_means(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Images (C, n, 3, 32, 32) to the mean of e(x) over each class, (C, width)."""
+    return encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
 
 
 def difference(e: Tensor, labels: Tensor) -> Tensor:
@@ -168,13 +174,15 @@ def _check(images: Tensor, labels: Tensor) -> None:
 class Lesson:
     """One step of training: `examples` of C classes, (C, n, 3, 32, 32); M questions
     about two of these classes each, `pairs` (2, M), the one of label 1 first; and for
-    each question B other `images` of the two, (M, B, 3, 32, 32), with `labels` (M, B).
+    each question B other `images` of the two, (M, B, 3, 32, 32), with `labels` (M, B)
+    and, of the C, the class that each shows, `shows` (M, B).
     """
 
     examples: Tensor
     pairs: Tensor
     images: Tensor
     labels: Tensor
+    shows: Tensor
 
 
 class Lessons:
@@ -218,12 +226,12 @@ class Lessons:
         pairs = _pairs(len(chosen), fit.tasks, random)  # (2, M)
         form = (pairs.shape[1], fit.images)  # (M, B)
         labels = torch.randint(2, form, generator=random, device=device)
-        sides = pairs.flip(0).T.gather(1, labels)  # (M, B): label 0 is the second
+        shows = pairs.flip(0).T.gather(1, labels)  # (M, B): label 0 is the second
         share = torch.rand(form, generator=random, device=device)
-        place = shown + (share * (counts[sides] - shown)).long()  # none of those shown
-        asked = self._pictures(members[sides, place], random)
+        place = shown + (share * (counts[shows] - shown)).long()  # none of those shown
+        asked = self._pictures(members[shows, place], random)
         examples = self._pictures(members[:, :shown], random)
-        return Lesson(examples, pairs, asked, labels.float())
+        return Lesson(examples, pairs, asked, labels.float(), shows)
 
     def _shuffled(self, chosen: Tensor, random: torch.Generator) -> Tensor:
         """The image numbers of these classes, each class's in a random order."""
@@ -273,6 +281,43 @@ def examples(data: TaskImages, count: int) -> tuple[Tensor, Tensor]:
     return normalise(pixels, images.mean, images.std), labels.repeat(len(members), 1)
 
 
+def train_encoder(
+    encoder: ExampleEncoder,
+    data: TaskImages,
+    fit: Fit,
+    *,
+    classes: int = 16,
+    most: int = 50,
+) -> History:
+    """Train the encoder alone, in place: an image should lie nearest to the vector of
+    its own class, as in prototypical networks (Snell and others, 2017).
+
+    A generator can use z from its first step on when z already says something. The
+    images of a lesson's questions are classified among all classes of the lesson.
+
+    Raises:
+        LabelledError: where no lesson can be drawn.
+    """
+    lessons = Lessons(data, classes, most)
+
+    def loss_at(step: int) -> Tensor:
+        lesson = lessons.draw(step, fit)
+        u = _class_means(encoder, lesson.examples)  # (C, width)
+        e = encoder(lesson.images.flatten(0, 1))  # (M * B, width)
+        logits = -SHARPNESS * torch.cdist(e, u).square()  # (M * B, C)
+        return F.cross_entropy(logits, lesson.shows.flatten())
+
+    state, optimizer = nn.ModuleDict({"encoder": encoder}), fit.make_optimizer
+    return train(
+        state,
+        optimizer([*encoder.parameters()], []),
+        loss_at,
+        fit.steps,
+        schedule=one_cycle if fit.cycle else constant,
+        every=fit.every,
+    )
+
+
 def train_labelled(
     generator: LabelledNet,
     target: nn.Module,
@@ -285,9 +330,9 @@ def train_labelled(
     checkpoint: Path | None = None,
 ) -> History:
     """Train encoder and SuperNet, in place and as one network, on questions about any
-    two of the classes that `data` asks about.
+    two of the classes that `data` asks about; the encoder at the rate `fit.z_rate`.
 
-    The encoder, which stands where task vectors stood, has the rate `fit.z_rate`.
+    With an encoder at its random start this takes long to begin; see `train_encoder`.
 
     Args:
         classes, most: of a lesson, as `Lessons` takes them.

@@ -3,13 +3,13 @@ controls, on the held-out tasks of experiments 1 and 2.
 
 A unit is one group of arms on one fold, in the form of `opponents`:
 
-* `look`: the generator, trained on the trained classes. `look`, one look at the
-  examples and their mirror images; `look_fitted`, z fitted from where the look put it;
-  `z_only` and `z_prior`, z fitted through the same generator from the mean z of the
-  trained tasks, and under a prior. Its controls: `shuffled`, the mean over some random
-  orders of each task's labels; `other_task`, the examples of the next task;
-  `untrained`, a generator at an ordinary start; `nearest_vector`, the encoder alone,
-  an image having the class whose vector is nearer.
+* `look`: the generator, trained on the trained classes, its encoder first alone.
+  `look`, one look at the examples and their mirror images; `look_fitted`, z fitted from
+  where the look put it; `z_only` and `z_prior`, z fitted through the same generator
+  from the mean z of the trained tasks, and under a prior. Its controls: `shuffled`, the
+  mean over some random orders of each task's labels; `other_task`, the examples of the
+  next task; `untrained`, a generator at an ordinary start; `nearest_vector`, the
+  encoder alone, an image having the class whose vector is nearer.
 * `protonet`: prototypical networks, nothing generated: the same encoder trained by
   episodes with as much arithmetic, and the nearest class mean.
 
@@ -29,7 +29,6 @@ from torch import Tensor
 from minisupernet.course.records import fingerprint, rounded
 from minisupernet.course.studies.arms import Fold, Trained
 from minisupernet.course.studies.opponents import train_trunk
-from minisupernet.course.studies.rates import best_rate
 from minisupernet.course.studies.trunk import (
     Lesson,
     TaskFeatures,
@@ -53,9 +52,9 @@ from minisupernet.data.tasks import TaskImages
 from minisupernet.labelled import (
     ExampleEncoder,
     LabelledNet,
-    Lessons,
     difference,
     examples,
+    train_encoder,
     train_labelled,
 )
 from minisupernet.seeds import step_generator
@@ -66,28 +65,36 @@ __all__ = ["GROUPS", "PROTONET_IMAGES", "Settings", "check_unit", "measure"]
 Weights = dict[str, Tensor]
 MEAN_OF = 50  # images of each trained class whose mean is its vector
 FEATURES = 100  # numbers in a feature of `protonet`, as many as the target's
+# of a lesson of the encoder alone: 8 questions of 10 images, of classes that are seldom
+# twice among them
+LESSON_TASKS, LESSON_SIZE = 8, 10
 # images a step of `protonet`: as much arithmetic as a lesson of 40 questions on 20
-# images and, on average, 12 examples of each of 16 classes
-PROTONET_IMAGES = 500
+# images, on average 12 examples of each of 16 classes, and half a lesson of the encoder
+# alone
+PROTONET_IMAGES = 600
 
 
 @dataclass(frozen=True)
 class Settings(Amount):
-    """How much is done: beside what every study says, how many `shuffles` the mean of
-    that arm is over, and how rates are chosen: the best of `rates` after
-    `trial_steps`."""
+    """How much is done: beside what every study says, the `fit_sizes` at which z is
+    fitted too; the encoder's own training, `encoder_steps` at `encoder_rate`, and its
+    rate with the rest, a share of the generator's; how many `shuffles` the mean of that
+    arm is over; and how the rate of `protonet` is chosen."""
 
     sizes: tuple[int | None, ...] = (1, 5, 10, 20, 50)
     fit_steps: int = 300
     most: int = 6
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    fit_sizes: tuple[int, ...] = (1, 5, 20)
+    encoder_steps: int = 1_000
+    encoder_rate: float = 3e-3
+    encoder_share: float = 0.1
+    shuffles: int = 20
     trunk_rates: tuple[float, ...] = (1e-3, 3e-3, 9e-3)
     trial_steps: int = 200
-    shuffles: int = 20
 
 
 FULL = Settings()
-QUICK = Settings((1, 5), 20, 3, trial_steps=5, shuffles=4)
+QUICK = Settings((1, 5), 20, 3, (5,), 20, shuffles=4, trial_steps=5)
 
 
 def check_unit(**unit: int | str) -> None:
@@ -129,16 +136,20 @@ def _look(unit: Unit) -> Plan:
             return fitted(unit, data, 3e-3, lambda fit: fit_at(None, fit, z))
 
         other = shown[0].roll(-1, 0), shown[1]
-        return {
+        looks = {
             "look": lambda: look(generator, shown),
-            "look_fitted": fit_from_look,
-            "z_only": lambda: fitted(unit, data, 3e-3, partial(fit_at, None)),
-            "z_prior": lambda: fitted(unit, data, 3e-2, partial(fit_at, prior)),
             "nearest_vector": lambda: _nearest_vector(unit, data, generator),
             "shuffled": lambda: _measure_shuffled(unit, data, generator, shown),
             "other_task": lambda: look(generator, other),
             "untrained": lambda: look(untrained, shown),
         }
+        fits = {
+            "look_fitted": fit_from_look,
+            "z_only": lambda: fitted(unit, data, 3e-3, partial(fit_at, None)),
+            "z_prior": lambda: fitted(unit, data, 3e-2, partial(fit_at, prior)),
+        }
+        count = int(data.splits["train"].counts[data.classes].min())
+        return looks | (fits if count in unit.settings.fit_sizes else {})
 
     def end() -> dict:
         after = {"sha256_before": before, "sha256_after": fingerprint(generator)}
@@ -148,40 +159,25 @@ def _look(unit: Unit) -> Plan:
 
 
 def _train(unit: Unit) -> tuple[LabelledNet, dict]:
-    """The generator at the rate that a short run found best, and what its training
-    took."""
+    """The generator, and what its training took."""
     fold, settings = unit.fold, unit.settings
     data, watch = fold.images_of(fold.training_tasks()), fold.data(fold.trained)
-
-    def run(
-        rate: float, steps: int, checkpoint: Path | None = None
-    ) -> tuple[LabelledNet, History]:
-        generator = _new_generator(fold)
-        fit = replace(fold.setup.training, rate=rate, z_rate=rate, seed=fold.seed)
-        fit = replace(fit, steps=steps, every=max(steps // 4, 1), z_decay=fit.decay)
-        kept = {"watch": watch, "checkpoint": checkpoint}
-        return generator, train_labelled(generator, fold.target, data, fit, **kept)
-
-    def trial(rate: float) -> tuple[float, None]:
-        _, history = run(rate, settings.trial_steps)
-        return round(history.last("validation_accuracy"), 4), None
-
-    def choose() -> dict:
-        chosen = best_rate(settings.rates, trial, settings.most)
-        return {"rate": chosen.rate, "tried": chosen.tried}
-
-    about = unit.once("training", choose)
-    steps = fold.setup.training.steps
-    generator, history = run(about["rate"], steps, unit.checkpoint)
+    generator, fit = _new_generator(fold), replace(fold.setup.training, seed=fold.seed)
+    steps, rate = settings.encoder_steps, settings.encoder_rate
+    alone = replace(fit, steps=steps, rate=rate, tasks=LESSON_TASKS, images=LESSON_SIZE)
+    first = train_encoder(generator.encoder, data, alone)
+    unit.report(f"encoder: {first.rows[-1]}")
+    fit = replace(fit, z_rate=settings.encoder_share * fit.rate, z_decay=fit.decay)
+    kept = {"watch": watch, "checkpoint": unit.checkpoint}
+    history = train_labelled(generator, fold.target, data, fit, **kept)
     unit.report(f"generator: {history.rows[-1]}")
     sizes = {
         name: sum(each.numel() for each in part.parameters())
         for name, part in generator.named_children()
     }
-    lessons = Lessons(data)
-    found = {"classes": len(data.tasks.classes), "history": history.rows}
-    found |= {"parameters": sizes, "most": lessons.most}
-    return generator, {"training": about | found}
+    found = {"classes": len(data.tasks.classes), "parameters": sizes}
+    found |= {"encoder": first.rows, "history": history.rows}
+    return generator, {"training": found}
 
 
 def _new_generator(fold: Fold, shift: int = 0, z_share: float = 0.0) -> LabelledNet:
