@@ -9,7 +9,12 @@ from pydoc import locate
 import pytest
 from support import ROOT
 
-CHAPTERS = ("01_cifar_data", "02_net2net")  # those that link; all of them, in the end
+CHAPTERS = (  # those that link; all of them, in the end
+    "01_cifar_data",
+    "02_net2net",
+    "03_static_hypernetworks",
+    "04_dynamic_hypernetworks",
+)
 LINK = re.compile(r"\[`([^`\]]+)`\]\(\.\./book/api\.md#([\w.-]+)\)")
 ENTRY = re.compile(r"^\.\. auto(?:function|class):: ([\w.]+)$", re.MULTILINE)
 

@@ -22,7 +22,12 @@ QUIZZES = sorted(path.stem for path in BOOK.glob("quiz_*.md"))
 OPTION = re.compile(
     r":::\{dropdown\} ([^\n]+)\n:class-container: quiz-(\w+)\n\n(.+?)\n:::", re.DOTALL
 )
-TIMED = ("01_cifar_data", "02_net2net")  # all chapters, in the end
+TIMED = (  # all chapters, in the end
+    "01_cifar_data",
+    "02_net2net",
+    "03_static_hypernetworks",
+    "04_dynamic_hypernetworks",
+)
 each_quiz = pytest.mark.parametrize("quiz", QUIZZES)
 
 

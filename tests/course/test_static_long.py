@@ -80,7 +80,7 @@ def test_sizes_and_costs_that_the_chapter_speaks_of(runs):
 
 def test_the_verdict_has_its_budget_and_comes_from_the_record(runs):
     said = static_long.verdict_in_words(runs)
-    assert said.startswith("After 40 epochs of 27,000 images of 16 x 16 pixels\n")
+    assert said.startswith("After 40 epochs of 27,000 images of 16 x 16 pixels:\n")
     values = list(reached(runs, "generated", LONG).values())
     mean = 100 * sum(values) / len(values)
     assert f"97,770 numbers: {mean:.1f} %, n = {len(values)}" in said
@@ -88,7 +88,7 @@ def test_the_verdict_has_its_budget_and_comes_from_the_record(runs):
         (ROOT / "notebooks" / "03_static_hypernetworks.ipynb").read_text()
     )
     (shown,) = (
-        "".join(cell["outputs"][0]["text"])
+        "".join(cell["outputs"][0]["data"]["text/markdown"])
         for cell in notebook["cells"]
         if cell["id"] == "03-long-verdict"
     )

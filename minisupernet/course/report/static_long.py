@@ -135,18 +135,16 @@ def accuracy_figure(runs: Sequence[dict]) -> "Figure":
 
 def verdict_in_words(runs: Sequence[dict]) -> str:
     """What the generated network and its two ordinary rivals of about its size reached,
-    with the budget in the same sentence."""
+    with the budget in the same sentence; Markdown."""
     (images,) = {run["images"] for run in _final(runs)}
     arms = ("generated", "smaller", "as_many_numbers")
-    lines = [
-        f"After {LONG:.0f} epochs of {images:,} images of 16 x 16 pixels",
-        *(f"  {_end(runs, arm)}" for arm in arms),
-    ]
+    lines = [f"After {LONG:.0f} epochs of {images:,} images of 16 x 16 pixels:", ""]
+    lines += [f"- {_end(runs, arm)}" for arm in arms]
     for first, second in PAIRS[:2]:
         found = lead(runs, first, second)
         lines.append(
-            f"  generated against {LONG_NAMES[second]}: {100 * found.mean:+.1f} points,"
-            f" n = {found.n}, {verdict(found)}"
+            f"- generated against {LONG_NAMES[second]}: {100 * found.mean:+z.1f}"
+            f" points, n = {found.n}, {verdict(found)}"
         )
     return "\n".join(lines)
 
