@@ -12,6 +12,7 @@ from minisupernet.course.report.net2net import choose
 from minisupernet.course.report.pudnet import against, headline, on_episodes
 from minisupernet.course.statistics import Interval, interval, paired, verdict
 from minisupernet.course.studies import SOURCE, STUDIES
+from minisupernet.course.studies.hyperlstm import MODELS, Settings
 
 SEEDS = {"net2net": 3, "static_hypernet": 3, "hyperlstm": 3, "pudnet": 3}
 CHECKSUMS = {
@@ -108,6 +109,21 @@ def static_difference(part: str, first: dict, second: dict) -> Interval:
             {"network": "WRN-10-1", "start": "hyperfan"},
             {"network": "WRN-10-1", "start": "bias"},
             "not told apart",
+        ),
+        (
+            "starts",
+            {"network": "WRN-10-1", "start": "naive"},
+            {"network": "WRN-10-1", "start": "bias"},
+            "not told apart",
+        ),
+        *(
+            (
+                "starts",
+                {"network": "WRN-10-1", "start": "direct"},
+                {"network": "WRN-10-1", "start": start},
+                "higher",
+            )
+            for start in ("hyperfan", "naive", "bias")
         ),
         (
             "sweep",
@@ -264,6 +280,20 @@ def test_what_chapter_9_says_of_the_hyperlstm(task, first, second, stated):
         )
         == stated
     )
+
+
+def test_the_budget_that_chapter_4_speaks_of():
+    """ "A minute and a half at most"; on the text every model chose the highest rate;
+    800 steps of text and 600 of images, which the full profile trains too."""
+    for run in full("hyperlstm"):
+        arms = [run[task][arm] for task in ("text", "images") for arm in run[task]]
+        assert max(arm["train_seconds"] for arm in arms) < 90
+        for model in MODELS:
+            arm = run["text"][model]
+            assert arm["rate"] == max(tried["rate"] for tried in arm["tried"])
+        steps = run["settings"]["text_steps"], run["settings"]["image_steps"]
+        assert steps == (800, 600)
+    assert (Settings().text_steps, Settings().image_steps) == (800, 600)
 
 
 def test_the_speed_that_chapter_4_speaks_of():
