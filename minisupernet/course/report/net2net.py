@@ -154,7 +154,7 @@ def settings_table(runs: Sequence[dict]) -> "Markdown":
         "minutes a seed": f"{minutes:.0f}",
         "run on": runs[0]["device"],
     }
-    return table(["the recorded runs", ""], [*rows.items()])
+    return table(["the recorded runs", "value"], [*rows.items()])
 
 
 def accuracy_table(runs: Sequence[dict]) -> "Markdown":
