@@ -247,6 +247,8 @@ def test_arms_have_equally_many_numbers_and_learn(text, arm):
     assert run["steps"] == 100 and like["steps"] == 1
     assert run["test"] < like["test"] - 0.5 and run["train_bits"] < like["train_bits"]
     assert run["text"]["train"] == len(text.train)
+    (tried,) = run["tried"]
+    assert tried["rate"] == run["rate"] == 0.01 and tried["validation"] > run["test"]
 
 
 @pytest.mark.parametrize("arm", ["hyperlstm_plain", "hyperlstm"])

@@ -244,7 +244,12 @@ class Unit:
 
         rates = self.settings.rates
         most = len(rates) + 1 if len(rates) > 1 else None
-        return best_rate_once(kept, rates, trial, most)
+        chosen = best_rate_once(kept, rates, trial, most)
+        tried = [
+            {"rate": each["rate"], "validation": -each["validation"]}
+            for each in chosen["tried"]
+        ]
+        return {"rate": chosen["rate"], "tried": tried}
 
     def train(
         self, rate: float, steps: int, checkpoint: Path | None = None
