@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -919,80 +920,9 @@ def test_what_is_missing_is_one_sentence(tmp_path, monkeypatch):
 # The same on a Dask cluster
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator:
-    """One for all tests; the last of them closes it."""
-    distributed = pytest.importorskip(
-        "distributed", reason="distributed is not installed: the extra `cluster`"
-    )
-    options = {
-        "n_workers": 2,
-        "threads_per_worker": 1,
-        "processes": True,
-        "dashboard_address": ":0",
-    }
-    with distributed.LocalCluster(**options, silence_logs=50) as local:
-        yield local
-
-
-@pytest.fixture
-def impatient(monkeypatch) -> None:
-    """A client waits one second for a scheduler that does not answer."""
-    distributed = pytest.importorskip(
-        "distributed", reason="distributed is not installed: the extra `cluster`"
-    )
-    client = distributed.Client
-    monkeypatch.setattr(
-        distributed, "Client", lambda at, timeout: client(at, timeout=1)
-    )
-
-
-def test_a_cluster_gives_the_same_results(tmp_path, cluster):
-    with open_executor(0, cluster.scheduler_address) as (executor, slots):
-        assert slots == 2
-        assert run_tiny(
-            [*counting(6), tiny_task("nan")], tmp_path, executor
-        ).keys() == {"nan"}
-    assert {
-        name: value for name, value in values(tmp_path).items() if name != "nan"
-    } == expected(6)
-    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert len({each["result"]["pid"] for each in kept}) == 6
-
-
-def test_a_run_whose_process_dies_on_a_cluster_is_repeated(tmp_path, cluster):
-    with open_executor(0, cluster.scheduler_address) as (executor, _):
-        assert (
-            run_tiny([tiny_task("die", deaths=2)], tmp_path, executor, retries=2) == {}
-        )
-    assert len(starts(tmp_path)) == 3
-
-
-def test_a_cluster_worker_that_is_killed_loses_nothing(tmp_path, cluster):
-    """A worker is killed while a run hangs on it; Dask gives the run to another, where
-    it is claimed anew.
-    """
-    from distributed import Client
-
-    tasks = [tiny_task("count", number=number) for number in range(60)]
-    with (
-        Client(cluster.scheduler_address) as client,
-        open_executor(0, cluster.scheduler_address) as (executor, _),
-    ):
-        pids = list(client.run(os.getpid).values())
-        killer = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                f"import os, time; time.sleep(1); os.kill({pids[0]}, 9)",
-            ]
-        )
-        assert run_tiny(tasks, tmp_path, executor) == {}
-        assert killer.wait() == 0
-    assert values(tmp_path) == expected(60) and not list(tmp_path.glob("*.complaint"))
-
-
-def test_a_cluster_that_is_not_there_is_one_sentence(impatient):
+def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch):
+    distributed = cluster_tools()
+    monkeypatch.setattr(distributed, "Client", impatient(distributed))
     refusal = pytest.raises(
         RunError, match="no Dask scheduler answers at tcp://127.0.0.1:1; start one with"
     )
@@ -1000,30 +930,87 @@ def test_a_cluster_that_is_not_there_is_one_sentence(impatient):
         pass
 
 
-def test_a_cluster_without_workers_is_one_sentence():
-    distributed = pytest.importorskip(
+def test_one_cluster_from_its_first_worker_to_its_end(tmp_path, monkeypatch):
+    """It starts slowly, so that all that is claimed of clusters is tried on one."""
+    distributed = cluster_tools()
+    options = {"n_workers": 0, "threads_per_worker": 1, "processes": True}
+    options |= {"dashboard_address": ":0", "silence_logs": 50}
+    with distributed.LocalCluster(**options) as cluster:
+        without_workers(cluster)
+        cluster.scale(2)
+        cluster.wait_for_workers(2)
+        same_results(cluster, tmp_path / "same")
+        a_process_dies(cluster, tmp_path / "dies")
+        a_worker_is_killed(cluster, tmp_path / "killed")
+        monkeypatch.setattr(distributed, "Client", impatient(distributed))
+        it_goes_away(cluster, tmp_path / "gone")
+
+
+def cluster_tools() -> ModuleType:
+    return pytest.importorskip(
         "distributed", reason="distributed is not installed: the extra `cluster`"
     )
+
+
+def impatient(distributed: ModuleType) -> Callable:
+    """A client that waits one second for a scheduler that does not answer."""
+    client = distributed.Client
+    return lambda at, timeout: client(at, timeout=1)
+
+
+def without_workers(cluster) -> None:
     refusal = pytest.raises(
         RunError, match="has no workers; start one with `dask worker tcp"
     )
-    options = {"n_workers": 0, "dashboard_address": ":0", "silence_logs": 50}
-    with (
-        distributed.LocalCluster(**options) as empty,
-        refusal,
-        open_executor(0, empty.scheduler_address),
-    ):
+    with refusal, open_executor(0, cluster.scheduler_address):
         pass
 
 
-def test_a_cluster_that_goes_away_is_one_sentence(tmp_path, cluster, impatient):
-    """In the middle of a sweep; it comes last, as the others need the cluster."""
-    address = cluster.scheduler_address
+def same_results(cluster, folder: Path) -> None:
+    with open_executor(0, cluster.scheduler_address) as (executor, slots):
+        assert slots == 2
+        failed = run_tiny([*counting(6), tiny_task("nan")], folder, executor)
+        assert failed.keys() == {"nan"}
+    found = values(folder)
+    assert {name: found[name] for name in found if name != "nan"} == expected(6)
+    kept = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    assert len({each["result"]["pid"] for each in kept}) == 6
+
+
+def a_process_dies(cluster, folder: Path) -> None:
+    """That of a run: it is repeated."""
+    with open_executor(0, cluster.scheduler_address) as (executor, _):
+        task = tiny_task("die", deaths=2)
+        assert run_tiny([task], folder, executor, retries=2) == {}
+    assert len(starts(folder)) == 3
+
+
+def a_worker_is_killed(cluster, folder: Path) -> None:
+    """While a run hangs on it; Dask gives the run to another, where it is claimed
+    anew.
+    """
+    from distributed import Client
+
+    tasks = counting(12)
+    with (
+        Client(cluster.scheduler_address) as client,
+        open_executor(0, cluster.scheduler_address) as (executor, _),
+    ):
+        (pid, *_) = client.run(os.getpid).values()
+        script = f"import os, time; time.sleep(1); os.kill({pid}, 9)"
+        killer = subprocess.Popen([sys.executable, "-c", script])
+        assert run_tiny(tasks, folder, executor) == {}
+        assert killer.wait() == 0
+    assert values(folder) == expected(12) and not list(folder.glob("*.complaint"))
+
+
+def it_goes_away(cluster, folder: Path) -> None:
+    """In the middle of a sweep."""
     refusal = pytest.raises(
         RunError, match="the cluster at tcp.* went away; start it and this sweep again"
     )
-    with refusal, open_executor(0, address) as (executor, _):
+    with refusal, open_executor(0, cluster.scheduler_address) as (executor, _):
         threading.Timer(1, cluster.close).start()
-        run_tiny(counting(200), tmp_path, executor)
+        run_tiny(counting(200), folder, executor)
     # what it has left does not stand in the way
-    assert run_tiny(counting(3), tmp_path) == {}
+    assert run_tiny(counting(3), folder) == {}
