@@ -13,10 +13,11 @@ LIMITS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(LIMITS) -e ".[notebooks,book,test]"
+SINGLE := _build/print/_build/singlehtml
 PYTEST ?= # further words for pytest, such as --durations=25
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html print test style checks test-long test-newest links colab bench notebooks lab data clean
+.PHONY: help setup book html print test style checks quick test-long test-newest links colab bench notebooks lab data clean
 
 help: ## list the commands
 	@echo "make COMMAND [PYTHON=python3.13] [PROFILE=quick|full] [DATA=auto|cifar100|...|mine.npz] [SEED=0]"
@@ -37,6 +38,11 @@ checks: $(READY)
 
 test-long: $(READY) ## the same and the nightly part: every page in both schemes, thousands of tries
 	MINISUPERNET_LONG=1 $(MAKE) test
+	$(MAKE) quick
+
+quick: $(READY) ## run every chapter by itself, in 45 seconds at most
+	rm -rf _build/sweeps/quick
+	$(BIN)/python -m minisupernet sweep sweeps/quick.yaml --workers 1 --threads 2 --timeout 45
 
 test-newest: ## the tests with the newest version of every package, in an environment of its own
 	rm -rf _build/newest
@@ -53,6 +59,15 @@ colab: $(READY) ## run chapters as Colab does [CHAPTERS="5 10"]: its Python, its
 
 html: $(READY) ## build the book from the stored outputs, run nothing
 	$(BIN)/python -m minisupernet book --committed
+
+print: html ## build the book and print it into one PDF, by Chromium
+	@test -n "$(CHROMIUM)" || { echo "make print needs Chromium: apt install chromium"; exit 1; }
+	$(BIN)/jupyter-book build --all --builder singlehtml --path-output _build/print _build/committed/source
+	sed 's|href="book/intro.html#|href="#|g' $(SINGLE)/book/intro.html > $(SINGLE)/index.html
+	rm -f _build/book.pdf
+	"$(CHROMIUM)" --headless --no-sandbox --disable-gpu --no-pdf-header-footer --generate-pdf-document-outline \
+	    --virtual-time-budget=120000 --print-to-pdf=_build/book.pdf "file://$(CURDIR)/$(SINGLE)/index.html"
+	@test -s _build/book.pdf && echo "The book: file://$(CURDIR)/_build/book.pdf"
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

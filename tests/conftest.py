@@ -91,6 +91,7 @@ def visit(chromium, book) -> Iterator:
                 viewport=size or {"width": 1280, "height": 900}, color_scheme=scheme
             )
         )
+        contexts[-1].set_default_timeout(300_000)  # of however busy a machine
         tab = contexts[-1].new_page()
         tab.requested, tab.complaints = [], []
         tab.on("request", lambda request: tab.requested.append(request.url))

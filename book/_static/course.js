@@ -29,3 +29,13 @@ document.addEventListener("DOMContentLoaded", () => {
     bar.setAttribute("aria-label", "Book");
   });
 });
+
+// Paper is light, whatever the screen is.
+const root = document.documentElement;
+window.addEventListener("beforeprint", () => {
+  root.dataset.themeOnScreen = root.dataset.theme;
+  root.dataset.theme = "light";
+});
+window.addEventListener("afterprint", () => {
+  root.dataset.theme = root.dataset.themeOnScreen;
+});

@@ -18,14 +18,16 @@ import yaml
 from support import LONG, ROOT
 
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PAPER = {"width": 673, "height": 985}  # A4 within its margins, at 96 px an inch
 MEGABYTE = 1_000_000
 SERIOUS = ("serious", "critical")
 COLOURS = ("color-contrast", "link-in-text-block")  # what a colour scheme decides
 
 FAMILIES = """() => [...document.fonts]
   .filter((each) => each.status === "loaded").map((each) => each.family)"""
-CUT = """() => {
-  document.querySelectorAll("details").forEach((each) => { each.open = true; });
+CUT = """(unfold) => {
+  if (unfold) document.querySelectorAll("details").forEach(
+    (each) => { each.open = true; });
   return [...document.querySelectorAll(
       ".bd-article pre, .bd-article .pst-scrollable-table-container")]
     .filter((each) => each.scrollWidth > each.clientWidth)
@@ -36,6 +38,16 @@ SHRUNK = """() => [...document.querySelectorAll(".cell_output > img")]
 BEYOND = """(width) => [...document.querySelectorAll("body *")]
   .filter((each) => each.getBoundingClientRect().right > width + 0.5)
   .map((each) => each.outerHTML.slice(0, 100)).slice(0, 3)"""
+LEADS_ELSEWHERE = """() => [...document.querySelectorAll(
+      "header, .bd-sidebar, .bd-sidebar-secondary, footer, input, .headerlink")]
+    .filter((each) => each.getClientRects().length)
+    .map((each) => each.outerHTML.slice(0, 100))"""
+BEFORE_PRINT = """() => {
+  window.dispatchEvent(new Event("beforeprint"));
+  const open = document.querySelectorAll("details[open]").length;
+  return [open, document.documentElement.dataset.theme];
+}"""
+AFTER_PRINT = """() => window.dispatchEvent(new Event("afterprint"))"""
 WIDE_LETTERS = "*:not(mjx-container *) { letter-spacing: 0.2em !important }"
 THEME = "(scheme) => document.documentElement.dataset.theme === scheme"
 AT_ONCE = "* { transition: none !important; animation: none !important }"
@@ -76,12 +88,29 @@ def too_wide(tab) -> list[str]:
     """
     families = {family.strip('"') for family in tab.evaluate(FAMILIES)}
     found = ["not in the book's own letters"] * ("IBM Plex Sans" not in families)
-    found += [f"cut off, {each[:80]}" for each in tab.evaluate(CUT)]
+    found += [f"cut off, {each[:80]}" for each in tab.evaluate(CUT, True)]
     tab.set_viewport_size(PHONE)
     tab.add_style_tag(content=WIDE_LETTERS)
     found += [f"shrunk: {each}" for each in tab.evaluate(SHRUNK)]
     if tab.evaluate("document.documentElement.scrollWidth") > PHONE["width"]:
         found.append(f"too wide: {tab.evaluate(BEYOND, PHONE['width'])}")
+    return found
+
+
+def spoilt_on_paper(tab) -> list[str]:
+    """What is cut off on paper, answers that unfold, and what leads elsewhere."""
+    tab.set_viewport_size(PAPER)
+    tab.emulate_media(media="print")
+    opened, theme = tab.evaluate(BEFORE_PRINT)
+    found = [f"{opened} unfold on paper"] * bool(opened)
+    found += [f"{theme} on paper"] * (theme != "light")
+    if tab.evaluate("document.documentElement.scrollWidth") > PAPER["width"]:
+        found.append(f"cut on paper: {tab.evaluate(BEYOND, PAPER['width'])}")
+    found += [f"cut on paper, {each[:80]}" for each in tab.evaluate(CUT, False)]
+    found += [f"on paper: {each}" for each in tab.evaluate(LEADS_ELSEWHERE)]
+    tab.evaluate(AFTER_PRINT)
+    tab.emulate_media(media="screen")
+    tab.set_viewport_size(DESK)
     return found
 
 
@@ -97,7 +126,7 @@ def barriers(tab, **options) -> list[str]:
 
 @each_page
 def test_a_page_is_whole_and_everyone_can_read_it(page, visit, colourful, book):
-    """Offline, in light and dark, at a desk and, last, on a phone."""
+    """Offline, in light and dark, at a desk, on paper and, last, on a phone."""
     tab = visit(page, DESK, scheme="light")
     size = (book / f"{page}.html").stat().st_size
     faults = [f"{size} bytes"] * (size > 2 * MEGABYTE) + incomplete(tab)
@@ -107,7 +136,7 @@ def test_a_page_is_whole_and_everyone_can_read_it(page, visit, colourful, book):
         tab.emulate_media(color_scheme=scheme)
         tab.wait_for_function(THEME, arg=scheme)
         faults += [f"{scheme}, {each}" for each in barriers(tab, runOnly=[*COLOURS])]
-    faults += too_wide(tab)
+    faults += spoilt_on_paper(tab) + too_wide(tab)
     assert not faults, "\n".join(faults)
 
 
