@@ -36,6 +36,7 @@ FRONT_DOOR = {  # name -> the module that defines it
     "save": "export",
     "load_generator": "export",
     "network_of": "export",
+    "fit_network": "export",
     "CourseError": "errors",
 }
 __all__ = [*FRONT_DOOR]

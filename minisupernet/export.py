@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 KIND, VERSION = "minisupernet generator", 1
+ODD = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ def load_generator(path: str | Path, target: nn.Module | None = None) -> SavedGe
     notes, tensors = _read(Path(path))
     try:
         saved = _saved(notes, tensors)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except ODD as error:
         raise GeneratorError(
             f"{path} is a damaged file of a generator; save it again."
         ) from error
@@ -137,12 +138,13 @@ def _saved(notes: dict, tensors: dict[str, Tensor]) -> SavedGenerator:
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
-    shapes = ({**each, "shape": tuple(each["shape"])} for each in notes["spec"])
-    spec = WeightSpec(tuple(TensorSpec(**each) for each in shapes))
+    spec = WeightSpec(tuple(_tensor_spec(**each) for each in notes["spec"]))
     settings, bias = dict(notes["settings"]), parts["generator"]["head_bias"]
-    if bias.shape != (spec.size,):  # before anything of the size that is noted is made
-        raise ValueError("the weights are not those that are noted")
     sparse, hidden = settings.pop("sparse"), tuple(settings.pop("hidden"))
+    widths = [settings["z_dim"], *hidden, spec.size]
+    numbers = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    if numbers != sum(own.numel() for own in parts["generator"].values()):
+        raise ValueError("the weights are not those that are noted")
     with torch.random.fork_rng(devices=[]):
         generator = SuperNet(spec, hidden=hidden, **settings).to(bias.dtype)
     generator.load_state_dict(parts["generator"])
@@ -150,6 +152,17 @@ def _saved(notes: dict, tensors: dict[str, Tensor]) -> SavedGenerator:
     about = {"class_names": tuple(notes["class_names"]), "about": dict(notes["about"])}
     kept = {"vectors": parts["vectors"], **about, **parts["pixels"]}
     return SavedGenerator(generator, notes["target"], **kept)
+
+
+def _tensor_spec(
+    name: str, shape: list[int], fan_in: int, fan_out: int, centre: float, spread: float
+) -> TensorSpec:
+    numbers = fan_in, fan_out, centre, spread
+    plain = all(isinstance(number, int | float) for number in numbers)
+    sides = all(isinstance(side, int) and side > 0 for side in shape)
+    if not isinstance(name, str) or not plain or not sides:
+        raise ValueError("what is noted of a tensor is of another form")
+    return TensorSpec(name, tuple(shape), *numbers)
 
 
 def network_of(target: nn.Module, generator: SuperNet, z: Tensor) -> nn.Module:

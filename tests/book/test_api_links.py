@@ -14,6 +14,7 @@ CHAPTERS = (  # those that link; all of them, in the end
     "02_net2net",
     "03_static_hypernetworks",
     "04_dynamic_hypernetworks",
+    "09_results",
 )
 LINK = re.compile(r"\[`([^`\]]+)`\]\(\.\./book/api\.md#([\w.-]+)\)")
 ENTRY = re.compile(r"^\.\. auto(?:function|class):: ([\w.]+)$", re.MULTILINE)

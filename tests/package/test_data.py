@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,13 +18,15 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 
 from minisupernet.data import augment, load, normalise, shapes
-from minisupernet.data.images import near_copies
-from minisupernet.data.needs import NEEDS, chapters_served
+from minisupernet.data.images import held_back, near_copies
+from minisupernet.data.needs import NEEDS, Need, chapters_served
 from minisupernet.errors import DataError
 from minisupernet.files import data_folder
 
@@ -687,6 +690,26 @@ def test_auto_takes_what_serves_the_chapter_and_says_so(folder, few_shapes, caps
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.startswith("Images: Shapes-100")
     assert "has 10 classes, fewer than the 12 that chapter 8 needs" in said
+
+
+@pytest.mark.parametrize("page", ["notebooks/*your_own.ipynb", "book/setup.md"])
+def test_the_minimum_that_the_book_states_is_the_one_that_is_asked(page):
+    (path,) = ROOT.glob(page)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = " ".join(cell.source for cell in nbformat.reads(text, 4).cells)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(text.split()))
+    stated = re.search(
+        r"(\d+) classes(?: on)?, with (\d+) training and (\d+) test images of each.*?"
+        r"chapter (\d+) needs (\d+) classes",
+        text,
+    )
+    least, of_each = NEEDS[10], dataclasses.astuple(NEEDS[10])
+    assert tuple(map(int, stated.groups()[:3])) == of_each
+    others = {chapter: own for chapter, own in NEEDS.items() if own != least}
+    assert others == {int(stated[4]): Need(int(stated[5]))}
+    assert "fifth is kept for validation, at most 50" in text
+    assert held_back(100, 50) == 20 and held_back(1_000, 50) == 50
 
 
 def test_which_chapters_a_set_serves_is_said_in_one_sentence(tmp_path):

@@ -36,7 +36,16 @@ from minisupernet.course.runs.sweeps import Sweep, read_sweep
 from minisupernet.course.runs.workers import finished
 from minisupernet.data.cifar import CIFAR_FOLDERS, read_cifar
 from minisupernet.data.npz import read_npz
-from minisupernet.errors import DataError, ResultError, RunError, TrainingError
+from minisupernet.errors import (
+    DataError,
+    GeneratorError,
+    ResultError,
+    RunError,
+    TrainingError,
+)
+from minisupernet.export import load_generator, save
+from minisupernet.supernet import SuperNet
+from minisupernet.target import WeightSpec
 from minisupernet.training import train
 
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -495,3 +504,43 @@ def test_checkpoints(folder, checkpoint, data):
     except TrainingError:
         return
     assert rows[-1]["step"] == 4
+
+
+@pytest.fixture(scope="module")
+def generator_file(folder) -> Path:
+    target = nn.Linear(3, 2)
+    generator = SuperNet(WeightSpec.of(target), 2, hidden=(3,))
+    vectors = {"tasks": torch.ones(4, 2)}
+    return save(folder / "generator.safetensors", generator, target, vectors)
+
+
+NOTES = ("spec", "settings", "class_names", "about", "target", "version")
+
+
+@PROFILE
+@given(st.data())
+def test_generators(folder, generator_file, data):
+    """Bytes changed, or a note that says something else."""
+    path = folder / "changed.safetensors"
+    if data.draw(st.booleans()):
+        path.write_bytes(data.draw(damaged(generator_file.read_bytes())))
+    else:
+        with safe_open(generator_file, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            notes = file.metadata()
+        name = data.draw(st.sampled_from(NOTES))
+        note = json.loads(notes[name])
+        if isinstance(note, dict):
+            note |= data.draw(st.dictionaries(st.sampled_from([*note]), JSON))
+        elif isinstance(note, list) and note:
+            note[0] |= data.draw(st.dictionaries(st.sampled_from([*note[0]]), JSON))
+        new = note if data.draw(st.booleans()) else data.draw(JSON)
+        notes[name] = json.dumps(new).encode("ascii", "replace").decode()
+        save_file(tensors, path, notes)
+    try:
+        found = load_generator(path)
+    except GeneratorError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return
+    assert found.generator.spec.size == 8
+    assert sum(w.numel() for w in found.generator(torch.zeros(1, 2)).values()) == 8

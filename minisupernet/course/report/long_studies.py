@@ -26,7 +26,6 @@ __all__ = [
     "FAMILY_NAMES",
     "GROWTH_NAMES",
     "TEXT_NAMES",
-    "best_short_rate",
     "family_leads_table",
     "family_table",
     "growth_figure",
@@ -125,25 +124,6 @@ def lead(
     return paired([ours[seed] for seed in both], [others[seed] for seed in both])
 
 
-def best_short_rate(
-    runs: Sequence[dict], measure: str, most: bool, **which: str | int | float
-) -> float:
-    """The rate whose short unit did best on validation data, which the long ones take.
-
-    Args:
-        most: whether more is better.
-        which: the values of the short units, such as arm, characters and seed.
-
-    Raises:
-        ResultError: where there is none.
-    """
-    mine = [run for run in runs if all(run[key] == v for key, v in which.items())]
-    if not mine:
-        raise ResultError(f"no short unit of {which} is recorded.")
-    pick = max if most else min
-    return pick(mine, key=lambda run: run[measure])["rate"]
-
-
 def family_table(
     runs: Sequence[dict], channels: int = 8, steps: int = 6_000, support: int = 5
 ) -> "Markdown":
@@ -236,31 +216,22 @@ def growth_figure(runs: Sequence[dict], phase: str) -> "Figure":
     return figure
 
 
-def text_table(runs: Sequence[dict], least: int = 2_000_000) -> "Markdown":
-    """Chapter 4's arms that read at least so many characters: rate, seconds, bits a
-    character on training and test text, and each minus the layer-norm LSTM that read as
-    many."""
+def text_table(runs: Sequence[dict]) -> "Markdown":
+    """Chapter 4's arms: the characters read, seconds, bits a character on training and
+    test text, and each minus the layer-norm LSTM that read as many."""
     rows = []
-    kinds = sorted({(run["characters"], run["arm"], run["rate"]) for run in runs})
-    for characters, arm, rate in kinds:
-        which = {"characters": characters, "arm": arm, "rate": rate}
+    for characters, arm in sorted({(run["characters"], run["arm"]) for run in runs}):
+        which = {"characters": characters, "arm": arm}
         own = [run for run in runs if all(run[key] == v for key, v in which.items())]
-        if characters < least:
-            continue
-        base = [
-            {"characters": c, "arm": a, "rate": r}
-            for c, a, r in kinds
-            if (c, a) == (characters, "layer_norm_lstm") and a != arm
-        ]
-        said = _bits_apart(runs, which, base[0]) if base else ""
+        said = _bits_apart(runs, which, which | {"arm": "layer_norm_lstm"})
         train, seconds = (
             fmean(run[part] for run in own) for part in ("train_bits", "train_seconds")
         )
         found = interval(units(runs, "test", **which).values())
-        cells = [f"{characters:,}", f"{own[0]['parameters']:,}", f"{rate:g}"]
-        cells += [f"{seconds:.0f}", f"{train:.3f}", _bits(found), said]
+        cells = [f"{characters:,}", f"{own[0]['parameters']:,}", f"{seconds:.0f}"]
+        cells += [f"{train:.3f}", _bits(found), "" if "norm" in arm else said]
         rows.append([TEXT_NAMES[arm], *cells])
-    header = ["arm", "characters", "numbers", "rate", "seconds", "training bits"]
+    header = ["arm", "characters", "numbers", "seconds", "training bits"]
     return table([*header, "test bits (seeds)", "− layer-norm LSTM"], rows)
 
 

@@ -146,12 +146,15 @@ def settings_table(runs: Sequence[dict]) -> "Markdown":
     """What was run, and what it took."""
     used = runs[0]["settings"]
     minutes = fmean(run["seconds"] for run in runs) / 60
-    header = ["seeds", "steps before growth", "after", "rate", "images a step"]
-    row = [len(runs), used["first"], used["second"], used["rate"], used["batch"]]
-    return table(
-        [*header, "minutes a seed", "run on"],
-        [[*row, f"{minutes:.0f}", runs[0]["device"]]],
-    )
+    rows = {
+        "seeds": len(runs),
+        "steps before growth, and after": f"{used['first']}, {used['second']}",
+        "learning rate, momentum": f"{used['rate']}, {used['momentum']}",
+        "images a step": used["batch"],
+        "minutes a seed": f"{minutes:.0f}",
+        "run on": runs[0]["device"],
+    }
+    return table(["the recorded runs", "value"], [*rows.items()])
 
 
 def accuracy_table(runs: Sequence[dict]) -> "Markdown":

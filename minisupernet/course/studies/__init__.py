@@ -52,7 +52,7 @@ STUDIES = {
     "hyperlstm_long": Study(
         "04_dynamic_long.json",
         SOURCE,
-        {"arm": "hyperlstm", "rate": 6e-3, "characters": 7_000_000},
+        {"arm": "hyperlstm", "characters": 7_000_000},
     ),
     "opponents": Study(
         "07_opponents.json",

@@ -1,9 +1,8 @@
 """Chapter 4's verdict at a size that counts: half a million numbers read millions of
 characters, nothing twice.
 
-The text is the source of Python's standard library. A unit is one arm, one rate and one
-seed, trained on so many characters. The rate of an arm is the best of its short units
-on validation text, and its long units take that one.
+The text is the source of Python's standard library. A unit is one arm and one seed,
+trained on so many characters at the rate whose short run ended best on validation text.
 """
 
 import math
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.course.studies.hyperlstm import matched_sizes, parameters
+from minisupernet.course.studies.rates import best_rate_once
 from minisupernet.data.text import CharacterModel, Text, bits_per_character, streams
 from minisupernet.errors import StudyError
 from minisupernet.hyperlstm import HyperLSTM
@@ -35,9 +35,11 @@ class Settings:
     """How an arm is trained; the same for all.
 
     `hidden`, `hyper_size`, `n_z` and `spread` are those of the HyperLSTM; the other
-    arms get as many units as give equally many numbers. A step reads a `window` of
-    `streams` places in the text. `glance` characters of the validation text are read at
-    each of the `looks`, `most` of the validation and the test text at the end.
+    arms get as many units as give equally many numbers. Each of `rates` is tried for
+    the share `trial` of the steps, and one more where the best is at the edge. A step
+    reads a `window` of `streams` places in the text. `glance` characters of the
+    validation text are read at each of the `looks`, `most` of the validation and the
+    test text at the end.
     """
 
     hidden: int = 280
@@ -45,6 +47,8 @@ class Settings:
     n_z: int = 4
     spread: float = 0.1
     dropout: float = 0.1
+    rates: tuple[float, ...] = (2e-3, 6e-3, 1.8e-2)
+    trial: float = 0.1
     streams: int = 32
     window: int = 100
     clip: float = 1.0
@@ -54,7 +58,14 @@ class Settings:
 
 
 QUICK = Settings(
-    hidden=24, hyper_size=8, streams=4, window=20, glance=2_000, most=2_000, looks=2
+    hidden=24,
+    hyper_size=8,
+    streams=4,
+    window=20,
+    rates=(1e-2,),
+    glance=2_000,
+    most=2_000,
+    looks=2,
 )
 
 
@@ -128,14 +139,12 @@ class Reader(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), truth.flatten())
 
 
-def check_unit(arm: str, rate: float, characters: int) -> None:
+def check_unit(arm: str, characters: int) -> None:
     """Raise a StudyError where there is no such unit."""
     if arm not in ARMS:
         raise StudyError(f"there is no arm '{arm}'; choose one of {', '.join(ARMS)}.")
-    if rate <= 0 or characters < 1:
-        raise StudyError(
-            f"rate must be above 0 and characters from 1, not {rate} and {characters}."
-        )
+    if characters < 1:
+        raise StudyError(f"characters must be from 1, not {characters}.")
 
 
 def measure(
@@ -145,10 +154,10 @@ def measure(
     report: Callable[[str], None],
     checkpoint: Path | None,
     arm: str,
-    rate: float,
     characters: int,
 ) -> dict:
-    """Train one network and measure it once on test text; a dict ready for JSON.
+    """Choose a rate, train one network and measure it once on test text; a dict ready
+    for JSON.
 
     Args:
         profile: "full", or "quick" to try it.
@@ -159,33 +168,29 @@ def measure(
     Raises:
         StudyError: for a unit that does not exist.
     """
-    check_unit(arm, rate, characters)
+    check_unit(arm, characters)
     settings = QUICK if profile == "quick" else Settings()
-    hidden, size = _hidden(arm, len(text.alphabet), settings), len(text.alphabet)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        recurrent = ARMS[arm](size, hidden, settings)
-        model = CharacterModel(recurrent, size, hidden).to(text.train.device)
+    unit = Unit(arm, text, seed, settings, _hidden(arm, len(text.alphabet), settings))
     steps = max(1, round(characters / settings.streams / settings.window))
-    history = _train(model, text, settings, rate, steps, seed, checkpoint)
+    kept = checkpoint and checkpoint.with_suffix(".rate")
+    chosen = unit.choose(max(1, round(settings.trial * steps)), kept)
+    model, history = unit.train(chosen["rate"], steps, checkpoint)
     found = {
         part: round(_bits(model, getattr(text, part), settings.most), 4)
         for part in ("validation", "test")
     }
-    report(f"{arm} at rate {rate:g}, {characters:,} characters: {found}")
+    report(f"{arm}, {characters:,} characters, seed {seed}: {found}")
+    if kept:
+        kept.unlink(missing_ok=True)
     return {
         "arm": arm,
-        "rate": rate,
         "characters": characters,
         "settings": asdict(settings),
-        "hidden": hidden,
+        "hidden": unit.hidden,
         "parameters": parameters(model),
+        **chosen,
         "steps": steps,
-        "text": {
-            "source": text.source,
-            "alphabet": size,
-            **{part: len(getattr(text, part)) for part in ("train", *found)},
-        },
+        "text": _described(text),
         **found,
         "train_bits": round(history.last("loss") / math.log(2), 4),
         "train_seconds": round(history.last("seconds"), 1),
@@ -194,6 +199,11 @@ def measure(
             for row in history.rows
         ],
     }
+
+
+def _described(text: Text) -> dict:
+    parts = {part: len(getattr(text, part)) for part in ("train", "validation", "test")}
+    return {"source": text.source, "alphabet": len(text.alphabet), **parts}
 
 
 def _hidden(arm: str, size: int, settings: Settings) -> int:
@@ -214,36 +224,65 @@ def _bits(model: CharacterModel, codes: Tensor, most: int, count: int = 50) -> f
     return bits_per_character(model, places.t().flatten(), count)
 
 
-def _train(
-    model: CharacterModel,
-    text: Text,
-    settings: Settings,
-    rate: float,
-    steps: int,
-    seed: int,
-    checkpoint: Path | None,
-) -> History:
-    reader = Reader(model, streams(text.train, settings.streams), settings.window)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One arm with `hidden` units, and what it is trained on."""
 
-    def clip(*_) -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    arm: str
+    text: Text
+    seed: int
+    settings: Settings
+    hidden: int
 
-    def look() -> dict[str, float]:
-        return {"validation": _bits(model, text.validation, settings.glance)}
+    def choose(self, steps: int, kept: Path | None) -> dict:
+        """The rate whose run of so many steps ends best, and all that were tried."""
 
-    optimizer.register_step_pre_hook(clip)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # of the dropout, which a checkpoint goes on with
-        return train(
-            reader.to(text.train.device),
-            optimizer,
-            reader.loss,
-            steps,
-            schedule=one_cycle,
-            evaluate=look,
-            every=math.ceil(steps / settings.looks),
-            checkpoint=checkpoint,
-            run={"seed": str(seed), "text": text.sha256},
-            mixed=False,
-        )
+        def trial(rate: float) -> float:
+            model = self.train(rate, steps)[0]
+            most = self.settings.most // 4
+            return -round(_bits(model, self.text.validation, most), 4)
+
+        rates = self.settings.rates
+        most = len(rates) + 1 if len(rates) > 1 else None
+        chosen = best_rate_once(kept, rates, trial, most)
+        tried = [
+            {"rate": each["rate"], "validation": -each["validation"]}
+            for each in chosen["tried"]
+        ]
+        return {"rate": chosen["rate"], "tried": tried}
+
+    def train(
+        self, rate: float, steps: int, checkpoint: Path | None = None
+    ) -> tuple[CharacterModel, History]:
+        """A network from the seed's start after so many steps, and what was measured on
+        the way."""
+        settings, text, size = self.settings, self.text, len(self.text.alphabet)
+        with torch.random.fork_rng():
+            # of the start, then of the dropout, which a checkpoint goes on with
+            torch.manual_seed(self.seed)
+            recurrent = ARMS[self.arm](size, self.hidden, settings)
+            model = CharacterModel(recurrent, size, self.hidden)
+            read = streams(text.train, settings.streams)
+            reader = Reader(model, read, settings.window).to(read.device)
+            optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+            optimizer.register_step_pre_hook(self.clip)
+            history = train(
+                reader,
+                optimizer,
+                reader.loss,
+                steps,
+                schedule=one_cycle,
+                evaluate=lambda: {
+                    "validation": _bits(model, text.validation, settings.glance)
+                },
+                every=math.ceil(steps / settings.looks),
+                checkpoint=checkpoint,
+                run={"seed": str(self.seed), "text": text.sha256},
+                mixed=False,
+            )
+        return model, history
+
+    def clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Bound the gradient before a step."""
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], self.settings.clip)
