@@ -15,6 +15,7 @@ CHAPTERS = (  # those that link; all of them, in the end
     "03_static_hypernetworks",
     "04_dynamic_hypernetworks",
     "09_results",
+    "10_your_own",
 )
 LINK = re.compile(r"\[`([^`\]]+)`\]\(\.\./book/api\.md#([\w.-]+)\)")
 ENTRY = re.compile(r"^\.\. auto(?:function|class):: ([\w.]+)$", re.MULTILINE)
