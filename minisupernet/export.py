@@ -8,7 +8,7 @@ a z stands for, a plain module; `fit_network` finds that z for a new question:
     save("made.safetensors", generator, target, {"tasks": z}, images=images)
     saved = load_generator("made.safetensors", target)  # elsewhere
     network, z, history = fit_network(saved, target, new_images, labels)
-    program = torch.export.export(network, (pixels,))  # or torch.onnx.export
+    program = torch.export.export(network, (torch.zeros(2, 3, 32, 32),))
 
 What `torch.export` writes runs without this package; so does a state dict, in the
 target's own class.
