@@ -226,7 +226,8 @@ PLAIN = {  # parts that run side by side: they must be run, and right
         lambda own, x, values: own.layer(torch.cat([x, values[0]], 1)),
     ),
     "split": does(lambda own, x, _: torch.cat(x.chunk(2, dim=1)[::-1], 1)),
-    "flip": does(lambda own, x, _: x.flip(1).cumsum(1)),
+    # what is normalised sums to 0, where a ReLU would turn on rounding alone
+    "flip": does(lambda own, x, _: x.flip(1).cumsum(1) + 0.1),
     "sort": does(lambda own, x, _: x.sort(dim=1).values),
     "flat and back": does(lambda own, x, _: x.reshape(-1).view(-1, WIDTH)),
     "einsum": does(lambda own, x, values: torch.einsum("bi,bj->bi", x, values[0])),
