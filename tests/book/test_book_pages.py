@@ -27,6 +27,7 @@ TIMED = (  # all chapters, in the end
     "02_net2net",
     "03_static_hypernetworks",
     "04_dynamic_hypernetworks",
+    "10_your_own",
 )
 each_quiz = pytest.mark.parametrize("quiz", QUIZZES)
 
