@@ -14,8 +14,9 @@ CHAPTERS = (  # those that link; all of them, in the end
     "02_net2net",
     "03_static_hypernetworks",
     "04_dynamic_hypernetworks",
-    "09_results",
-    "10_your_own",
+    "09_labelled",
+    "10_results",
+    "11_your_own",
 )
 LINK = re.compile(r"\[`([^`\]]+)`\]\(\.\./book/api\.md#([\w.-]+)\)")
 ENTRY = re.compile(r"^\.\. auto(?:function|class):: ([\w.]+)$", re.MULTILINE)

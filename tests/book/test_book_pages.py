@@ -27,7 +27,8 @@ TIMED = (  # all chapters, in the end
     "02_net2net",
     "03_static_hypernetworks",
     "04_dynamic_hypernetworks",
-    "10_your_own",
+    "09_labelled",
+    "11_your_own",
 )
 each_quiz = pytest.mark.parametrize("quiz", QUIZZES)
 

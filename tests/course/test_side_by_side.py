@@ -1,4 +1,4 @@
-"""Chapter 9's tables and figures are drawn from the records by unit, and its sentences
+"""Chapter 10's tables and figures are drawn from the records by unit, and its sentences
 say what they say."""
 
 import json
@@ -35,7 +35,7 @@ def records():
 
 @pytest.fixture(scope="module")
 def chapter() -> str:
-    document = json.loads((ROOT / "notebooks/09_results.ipynb").read_text("utf-8"))
+    document = json.loads((ROOT / "notebooks/10_results.ipynb").read_text("utf-8"))
     cells = [each for each in document["cells"] if each["cell_type"] == "markdown"]
     return " ".join(" ".join("".join(each["source"]) for each in cells).split())
 
@@ -60,10 +60,18 @@ def test_a_line_is_a_mean_with_its_interval_over_units():
 def test_every_system_is_held_against_its_controls(records):
     found = comparisons(records)
     systems = {row.system.split(",")[0] for row in found}
-    assert systems == {"Net2Net", "static network", "HyperLSTM", "z", "PudNet"}
+    assert systems == {
+        "Net2Net",
+        "static network",
+        "HyperLSTM",
+        "z",
+        "PudNet",
+        "one look",
+    }
     assert all(row.values for row in found)
     heads = [row for row in found if row.control == "a head on one network"]
-    assert [row.found.n for row in heads] == [5, 5]
+    looks = len([run for run in records["labelled"] if run["group"] == "look"])
+    assert [row.found.n for row in heads] == [5, 5, looks]
 
 
 def z_less(records: dict, experiment: int, arm: str, size: int | None) -> Interval:
@@ -81,7 +89,7 @@ def z_less(records: dict, experiment: int, arm: str, size: int | None) -> Interv
         (2, None, "by 2.8 with 450", "lower"),
     ],
 )
-def test_what_chapter_9_says_of_a_head(
+def test_what_chapter_10_says_of_a_head(
     experiment, size, said, stated, records, chapter
 ):
     found = z_less(records, experiment, "head", size)
@@ -89,7 +97,7 @@ def test_what_chapter_9_says_of_a_head(
     assert NUMBER.findall(said) == [f"{100 * abs(found.mean):.1f}"]
 
 
-def test_where_chapter_9_calls_z_and_a_head_level(records, chapter):
+def test_where_chapter_10_calls_z_and_a_head_level(records, chapter):
     assert "It is level with 50 and 100" in chapter
     for size in (50, 100):
         assert verdict(z_less(records, 1, "head", size)) == "not told apart"
@@ -104,14 +112,14 @@ def test_where_chapter_9_calls_z_and_a_head_level(records, chapter):
     assert sizes == ["5", "10", "20", "50", "100", "450"]
 
 
-def test_what_chapter_9_says_of_the_lead_where_one_class_is_known(records, chapter):
+def test_what_chapter_10_says_of_the_lead_where_one_class_is_known(records, chapter):
     nothing = interval(reached(records["opponents"], 1, "no_adaptation").values())
     assert f"nothing fitted, reaches {100 * nothing.mean:.1f} %" in chapter
     assert "With 5 images a fitted z is not told apart from it" in chapter
     assert verdict(z_less(records, 1, "no_adaptation", 5)) == "not told apart"
 
 
-def test_what_chapter_9_says_of_the_static_network(records, chapter):
+def test_what_chapter_10_says_of_the_static_network(records, chapter):
     """The sign turns with the budget, and one seed allows no verdict."""
     said = (
         "trails a smaller ordinary one by 3.0 points after 7 epochs, and is ahead of it"
@@ -152,7 +160,7 @@ def test_what_chapter_9_says_of_the_static_network(records, chapter):
         ("PudNet, CIFAR-10", "one network", "not told apart"),
     ],
 )
-def test_what_chapter_9_says_of_each_system(system, control, stated, records):
+def test_what_chapter_10_says_of_each_system(system, control, stated, records):
     (row,) = (
         row
         for row in comparisons(records)
@@ -184,7 +192,7 @@ def test_the_same_pairs_are_unseen_by_all(records):
     assert verdict(difference(arms[PUDNET], arms[ONE])) == "not told apart"
 
 
-def test_what_chapter_9_says_that_tasks_take_to_store(chapter):
+def test_what_chapter_10_says_that_tasks_take_to_store(chapter):
     classifier = TaskClassifier()
     supernet = SuperNet(WeightSpec.of(classifier), z_dim=32, hidden=(64,))
     once = sum(each.numel() for each in supernet.parameters())

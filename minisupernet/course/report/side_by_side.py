@@ -1,4 +1,4 @@
-"""What chapter 9 says of the recorded runs of all chapters: each system against its
+"""What chapter 10 says of the recorded runs of all chapters: each system against its
 controls, and the same tasks asked of several systems."""
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +38,13 @@ FILES = {
     "experiment_2": "07_experiment_2.json",
     "opponents": "07_opponents.json",
     "pudnet": "08_pudnet.json",
+    "labelled": "09_labelled.json",
 }
 SETUPS = {1: "many_tasks", 2: "unseen_pairs"}  # those that the opponents met
 SIZES = (5, 10, 20, 50, 100, None)  # images of a class, None for all
 ALL_IMAGES = 450
 EPOCHS = 40.0  # of chapter 3's networks, trained for longer
+FEW = 5  # labelled examples of a class
 UNSEEN = "unseen, 5-way, 5 a class"
 ON_PAIRS = (  # what is asked about unseen pairs, and the numbers fitted to one of them
     ("SuperNet, z fitted", "z_only", 32),
@@ -87,7 +89,7 @@ def read_records() -> dict[str, list[dict]]:
 def comparisons(records: Records) -> list[Comparison]:
     """Each system minus the controls of its chapter, in the order of the chapters."""
     found = []
-    for part in (_grown, _static, _dynamic, _supernet, _pudnet):
+    for part in (_grown, _static, _dynamic, _supernet, _pudnet, _labelled):
         found += [Comparison(*line) for line in part(records)]
     return found
 
@@ -202,6 +204,17 @@ def _pudnet(records: Records) -> list[tuple]:
         )
         values = tuple(a - b for a, b in zip(ours, theirs, strict=True))
         found.append((system, control, values))
+    return found
+
+
+def _labelled(records: Records) -> list[tuple]:
+    runs = [*records["labelled"], *records["opponents"]]
+    controls = {"itself, labels shuffled": "shuffled", "a head on one network": "head"}
+    found = []
+    for control, arm in controls.items():
+        ours, theirs = (reached(runs, 2, each, FEW) for each in ("look", arm))
+        values = tuple(ours[unit] - theirs[unit] for unit in ours if unit in theirs)
+        found.append((f"one look, {FEW} examples of new classes", control, values))
     return found
 
 
