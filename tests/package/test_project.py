@@ -167,6 +167,15 @@ def test_colab_brings_what_the_package_needs_so_that_nothing_of_it_is_replaced()
     assert needed <= set(re.findall(r"^([\w-]+)==", listed, re.MULTILINE))
 
 
+def test_every_chapter_is_timed_at_night():
+    sweep = read(ROOT / "sweeps" / "quick.yaml")
+    chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert sweep["grid"]["notebook"] == [int(path.name[:2]) for path in chapters]
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"sweeps/quick\.yaml .*--timeout 45\b", makefile)
+    assert re.search(r"^test-long:.*\n(\t.*\n)*\t\$\(MAKE\) quick$", makefile, re.M)
+
+
 # Templates
 
 
