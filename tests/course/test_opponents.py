@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import ROOT, coloured_squares
 
-from minisupernet.course.records import load_runs, results_file
+from minisupernet.course.records import load_runs, results_file, unit_means
 from minisupernet.course.report.opponents import (
     by_chance,
     lead,
@@ -21,7 +21,7 @@ from minisupernet.course.report.opponents import (
     target_sizes_table,
     with_experiment,
 )
-from minisupernet.course.statistics import paired
+from minisupernet.course.statistics import Interval, paired, verdict
 from minisupernet.course.studies import opponents
 from minisupernet.course.studies.arms import Fold
 from minisupernet.course.studies.opponents import GROUPS, measure
@@ -275,6 +275,14 @@ SAID = [
     (2, "all", "@head", "README.md", "2.8 (1.6 to 4.1) with 450"),
     (2, "all", "from_scratch", "README.md", "2.3 points (1.6 to 2.9) with 450"),
     (2, "20", "from_scratch", "README.md", "by 5.9 (4.2 to 7.5) with 20"),
+    (1, "5", "@head", SIX, "by 7.4 points (5.9 to 8.9) with 5"),
+    (1, "20", "@head", SIX, "by 3.3 (2.3 to 4.2) with 20"),
+    (1, "all", "@head", SIX, "1.4 behind (0.3 to 2.5)"),
+    (1, "5", "no_adaptation", SIX, "z adds 0.5 points (-2.9 to 3.9)"),
+    (2, "5", "@head", SEVEN, "by 4.1 points (0.1 to 8.0) with 5"),
+    (2, "20", "@head", SEVEN, "by 3.7 (2.0 to 5.3) with 20"),
+    (2, "all", "@head", SEVEN, "by 2.8 (1.6 to 4.1) with 450"),
+    (2, "all", "from_scratch", SEVEN, "by 2.3 points (1.6 to 2.9)"),
 ]
 
 
@@ -298,7 +306,59 @@ def test_what_is_said_of_z_against_an_arm_is_recorded(
 
 def test_what_the_mean_z_reaches_is_recorded():
     found = of_folds(1, "no_adaptation", "all")
-    assert f"starts at {fmean(found.values()):.1f} %" in text_of("README.md")
+    mean = f"{fmean(found.values()):.1f} %"
+    assert f"starts at {mean}" in text_of("README.md")
+    assert f"the mean z is right on {mean} of the test images" in text_of(SIX)
+    assert many_tasks(1).own_share == 0.5  # "half of the training tasks"
+
+
+def leads_of(experiment: int, first: str, second: str, size: str) -> Interval:
+    ours, theirs = (of_folds(experiment, arm, size) for arm in (first, second))
+    return paired([ours[fold] for fold in ours], [theirs[fold] for fold in ours])
+
+
+def test_what_the_chapters_say_of_heads_in_words():
+    """Not told apart with 50 and 100 images, a head on 32 directions as good as one on
+    all; the nearest mean ahead of z with 5 to 20; the prior, and z fitted anew, no
+    different."""
+    for size in ("50", "100"):
+        assert verdict(leads_of(1, "z_only", "@head", size)) == "not told apart"
+    for experiment in OWN:
+        for size in ("5", "20", "all"):
+            assert abs(leads_of(experiment, "@head", "@head_32", size).mean) < 1
+    for size in ("5", "10", "20"):
+        assert verdict(leads_of(2, "z_only", "@nearest_mean", size)) == "lower"
+    for arm in ("@z_only", "@z_prior"):
+        for size in ("5", "20", "all"):
+            assert verdict(leads_of(2, "z_only", arm, size)) == "not told apart"
+
+
+def test_what_the_chapters_say_of_few_images_in_numbers():
+    """In experiment 1 z loses two points from all images to 20, fine-tuning three, and
+    training from scratch four."""
+    arms = ("z_only", "fine_tuned", "from_scratch")
+    fell = [
+        fmean(of_folds(1, arm, "all").values()) - fmean(of_folds(1, arm, "20").values())
+        for arm in arms
+    ]
+    assert [round(each) for each in fell] == [2, 3, 4]
+    found = [leads_of(2, "z_only", arm, "5").mean for arm in arms[1:]]
+    said = (
+        f"it leads fine-tuning by {found[0]:.1f} points and training from scratch by"
+        f" {found[1]:.1f}"
+    )
+    assert said in text_of(SEVEN)
+
+
+def test_what_chapter_5_says_of_random_generators_is_recorded():
+    means = []
+    for name, _ in OWN.values():
+        runs = load_runs(results_file(f"{name}.json"))
+        for setup in {run["setup"] for run in runs}:
+            found = unit_means(runs, setup, "random_generator")
+            means.append(100 * fmean(found.values()))
+    low, high = round(min(means)), round(max(means))
+    assert f"it reaches {low} to {high} %" in text_of("notebooks/05_supernet.ipynb")
 
 
 def test_the_head_leads_in_experiment_2_at_every_number_of_images():
