@@ -27,6 +27,9 @@ TIMED = (  # all chapters, in the end
     "02_net2net",
     "03_static_hypernetworks",
     "04_dynamic_hypernetworks",
+    "05_supernet",
+    "06_experiment_1",
+    "07_experiment_2",
     "09_labelled",
     "11_your_own",
 )
