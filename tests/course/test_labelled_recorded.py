@@ -5,6 +5,9 @@ from statistics import fmean
 import pytest
 
 from minisupernet.course.records import load_runs, results_file
+from minisupernet.course.report.labelled import read_looks
+from minisupernet.course.report.opponents import lead
+from minisupernet.course.statistics import verdict
 
 RUNS = load_runs(results_file("09_labelled.json"))
 OPPONENTS = load_runs(results_file("07_opponents.json"))
@@ -44,7 +47,7 @@ def test_the_look_is_used(run):
     """Above chance; at chance by shuffled labels, and no better by others' images."""
     for size in (1, 5, 10, 20, 50):
         assert abs(mean(run, size, "shuffled") - 0.5) < 0.05
-        assert mean(run, size, "other_task") < 0.52
+        assert mean(run, size, "other_task") < 0.53
         assert mean(run, size, "look") > mean(run, size, "shuffled") + 0.1
     for size in (5, 10, 20, 50):
         assert mean(run, size, "look") > 0.7
@@ -56,6 +59,24 @@ def test_what_is_ahead_of_the_look(run):
     for size in (5, 20):
         assert mean(heads, size, "head") > mean(run, size, "look")
         assert mean(heads, size, "nearest_mean") > mean(run, size, "look")
+
+
+def test_protonet_is_ahead_wherever_it_was_recorded():
+    looks = {run["fold"]: run for run in LOOKS}
+    for run in RUNS:
+        if run["group"] == "protonet" and run["of_experiment"] == 2:
+            for size in (5, 20):
+                ahead = mean(run, size, "protonet") - mean(
+                    looks[run["fold"]], size, "look"
+                )
+                assert ahead > 0
+
+
+def test_the_verdict_on_a_head_is_the_one_that_is_stated():
+    runs = read_looks()
+    found = {size: lead(runs, 2, "look", "head", size) for size in (5, 20)}
+    assert found[5].n == found[20].n == len(LOOKS)
+    assert verdict(found[20]) == "lower" and verdict(found[5]) == "not told apart"
 
 
 @each_fold

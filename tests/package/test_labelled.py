@@ -14,6 +14,7 @@ from minisupernet.labelled import (
     LabelledNet,
     Lessons,
     examples,
+    train_encoder,
     train_labelled,
 )
 from minisupernet.target import TaskClassifier, WeightSpec, run_tasks
@@ -158,6 +159,23 @@ def test_label_1_is_the_first_class_of_a_question(squares):
     sides = colour[lesson.pairs.T]  # (M, 2, 3)
     first = torch.cdist(asked, sides).argmin(2) == 0
     assert (first == lesson.labels.bool()).all()
+
+
+def test_what_an_image_shows_is_the_side_that_its_label_names(data):
+    lesson = Lessons(data, classes=4).draw(1, FIT)
+    first, second = lesson.pairs[:, :, None].expand(-1, -1, FIT.images)  # (M, B) each
+    assert torch.equal(lesson.shows, torch.where(lesson.labels > 0, first, second))
+
+
+def test_the_encoder_alone_learns_to_put_an_image_near_its_class(data, squares):
+    """From near the loss of a guess among all classes of a lesson to far below it."""
+    encoder = new_generator().encoder
+    fit = Fit(60, 3e-3, images=6, tasks=6, every=20)
+    history = train_encoder(encoder, data, fit, most=6)
+    losses = history.series("loss")[1]
+    assert losses[0] > 1.2 * losses[-1] and losses[-1] < 1.3 < torch.tensor(6.0).log()
+    with torch.no_grad():
+        assert encoder(pictures(3)).norm(dim=1).allclose(torch.ones(3), atol=1e-3)
 
 
 def test_a_lesson_depends_on_seed_and_step_alone(data):
