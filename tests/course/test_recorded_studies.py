@@ -6,6 +6,7 @@ import json
 from statistics import fmean
 
 import pytest
+from support import ROOT
 
 from minisupernet.course.records import load_runs, results_file
 from minisupernet.course.report.net2net import choose
@@ -340,7 +341,22 @@ def test_chapter_8_says_what_its_numbers_say():
         )
 
 
+def test_chapter_8_says_that_one_network_is_told_apart_nowhere():
+    runs = full("pudnet")
+    for place in runs[0]["episodes"]:
+        found = against(runs, place, "pudnet", "one_network")
+        assert verdict(found) == "not told apart" and found.n == 3
+
+
 def test_the_headline_of_chapter_8():
+    chapter = (ROOT / "notebooks/08_pudnet.ipynb").read_text(encoding="utf-8")
+    few, whole = (
+        headline(full("pudnet"), "pudnet", shown).times_faster
+        for shown in ("few", "predicted")
+    )
+    said = f"is {few:.0f} times faster than training a network as good; one that reads"
+    assert f"{said} all images, {whole:.0f} times; and" in chapter
+    assert "30000 train" in full("pudnet")[0]["notes"][0]
     pudnet, one = (
         headline(full("pudnet"), arm, "few") for arm in ("pudnet", "one_network")
     )
