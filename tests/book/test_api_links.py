@@ -17,6 +17,7 @@ CHAPTERS = (  # those that link; all of them, in the end
     "05_supernet",
     "06_experiment_1",
     "07_experiment_2",
+    "08_pudnet",
     "09_labelled",
     "10_results",
     "11_your_own",

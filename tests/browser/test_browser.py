@@ -5,6 +5,7 @@ The fixtures `book`, `chromium` and `visit` are in conftest.py.
 """
 
 import functools
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -156,6 +157,16 @@ def test_search_finds_a_word_of_a_chapter(where, visit, book, server):
         assert not tab.complaints and all(
             url.startswith(server) for url in tab.requested[-3:]
         )
+
+
+@pytest.mark.parametrize("word", ["save", "export", "deploy"])
+def test_search_finds_how_a_network_leaves_the_course(word, book):
+    """In a heading of the API page, which the search lists first."""
+    text = (book / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(text.removeprefix("Search.setIndex(").rstrip(");\n"))
+    found = index["titleterms"][word]
+    numbers = [found] if isinstance(found, int) else found
+    assert "book/api" in [index["docnames"][number] for number in numbers]
 
 
 class Page(HTMLParser):

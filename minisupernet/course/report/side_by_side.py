@@ -9,6 +9,8 @@ from minisupernet.course.plots import COLOURS, new_figure, table
 from minisupernet.course.records import load_runs, results_file, unit_means
 from minisupernet.course.report.opponents import lead, reached, with_experiment
 from minisupernet.course.report.pudnet import on_episodes, on_pairs
+from minisupernet.course.report.static_long import LONG, SHORT
+from minisupernet.course.report.static_long import reached as static_reached
 from minisupernet.course.statistics import Interval, difference, interval, verdict
 
 if TYPE_CHECKING:
@@ -43,8 +45,11 @@ FILES = {
 SETUPS = {1: "many_tasks", 2: "unseen_pairs"}  # those that the opponents met
 SIZES = (5, 10, 20, 50, 100, None)  # images of a class, None for all
 ALL_IMAGES = 450
-EPOCHS = 40.0  # of chapter 3's networks, trained for longer
 FEW = 5  # labelled examples of a class
+CONTROLS = {  # of chapter 3's networks, trained for longer
+    "smaller": "a smaller one, directly",
+    "as_many_numbers": "one of as many numbers",
+}
 UNSEEN = "unseen, 5-way, 5 a class"
 ON_PAIRS = (  # what is asked about unseen pairs, and the numbers fitted to one of them
     ("SuperNet, z fitted", "z_only", 32),
@@ -129,21 +134,16 @@ def _static(records: Records) -> list[tuple]:
         }
         for arm in ("generated", "direct", "smaller")
     }
-    long = {
-        arm: {
-            run["seed"]: run["test"]
-            for run in records["static_long"]
-            if (run["arm"], run["epochs"]) == (arm, EPOCHS)
-        }
-        for arm in ("generated", "smaller", "as_many_numbers")
-    }
-    brief, lengthy = "static network, 7 epochs", f"static network, {EPOCHS:.0f} epochs"
-    return [
-        (brief, "the same, trained directly", _less(short, "direct")),
-        (brief, "a smaller one, directly", _less(short, "smaller")),
-        (lengthy, "a smaller one, directly", _less(long, "smaller")),
-        (lengthy, "one of as many numbers", _less(long, "as_many_numbers")),
+    rows = [
+        ("static WRN-16-1, 7 epochs", "the same, trained directly", short, "direct"),
+        ("static WRN-16-1, 7 epochs", "a smaller one, directly", short, "smaller"),
     ]
+    runs = records["static_long"]
+    for epochs, arms in ((SHORT, ["smaller"]), (LONG, ["smaller", "as_many_numbers"])):
+        long = {arm: static_reached(runs, arm, epochs) for arm in ("generated", *arms)}
+        system = f"static WRN-40-1, {epochs:.0f} epochs"
+        rows += [(system, CONTROLS[arm], long, arm) for arm in arms]
+    return [(system, control, _less(arms, arm)) for system, control, arms, arm in rows]
 
 
 def _less(arms: dict[str, dict[int, float]], arm: str) -> tuple[float, ...]:
