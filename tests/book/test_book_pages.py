@@ -30,7 +30,9 @@ TIMED = (  # all chapters, in the end
     "05_supernet",
     "06_experiment_1",
     "07_experiment_2",
+    "08_pudnet",
     "09_labelled",
+    "10_results",
     "11_your_own",
 )
 each_quiz = pytest.mark.parametrize("quiz", QUIZZES)
