@@ -514,7 +514,7 @@ def generator_file(folder) -> Path:
     return save(folder / "generator.safetensors", generator, target, vectors)
 
 
-NOTES = ("spec", "settings", "class_names", "about", "target", "version")
+FIELDS = ("spec", "settings", "class_names", "about", "target", "version")
 
 
 @PROFILE
@@ -528,7 +528,7 @@ def test_generators(folder, generator_file, data):
         with safe_open(generator_file, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             notes = file.metadata()
-        name = data.draw(st.sampled_from(NOTES))
+        name = data.draw(st.sampled_from(FIELDS))
         note = json.loads(notes[name])
         if isinstance(note, dict):
             note |= data.draw(st.dictionaries(st.sampled_from([*note]), JSON))
