@@ -372,11 +372,18 @@ def test_every_arm_of_growth_is_measured(squares, phase, arm, growth_folder):
 
 @pytest.fixture(scope="module")
 def growth_folder(tmp_path_factory):
-    """One folder for all units, as in a sweep: two teachers are trained in it."""
-    folder = tmp_path_factory.mktemp("growth")
-    yield folder
-    teachers = sorted(path.suffix for path in folder.glob("teacher-*"))
-    assert teachers == [".lock", ".lock", ".safetensors", ".safetensors"]
+    """One folder for all units, as in a sweep, where they share their teachers."""
+    return tmp_path_factory.mktemp("growth")
+
+
+def test_units_of_one_seed_share_one_teacher(squares, tmp_path):
+    first, second = (
+        growth_unit(squares, "wider", arm, tmp_path / f"{arm}.safetensors")
+        for arm in ("copies", "random")
+    )
+    assert first["teacher"] == second["teacher"]
+    teachers = sorted(path.suffix for path in tmp_path.glob("teacher-*"))
+    assert teachers == [".lock", ".safetensors"]
 
 
 def test_a_killed_growth_ends_as_if_never_killed(squares, tmp_path, monkeypatch):
