@@ -10,6 +10,7 @@ import torch
 from minisupernet.data import ImageSet
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONG = bool(os.environ.get("MINISUPERNET_LONG"))  # `make test-long` sets it
 nightly = pytest.mark.skipif(not LONG, reason="nightly: make test-long")
 

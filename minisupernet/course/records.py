@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +25,9 @@ __all__ = [
     "provenance",
     "record_run",
     "results_file",
+    "once",
     "rounded",
+    "rounded_rows",
     "task_means",
     "task_values",
     "unit_means",
@@ -90,6 +92,24 @@ def _commit() -> str:
 def rounded(values: torch.Tensor) -> list[float]:
     """The values of a tensor (N,) as they are recorded, to four digits."""
     return [round(value, 4) for value in values.tolist()]
+
+
+def rounded_rows(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of a history as they are recorded, to four digits."""
+    return [{name: round(value, 4) for name, value in row.items()} for row in rows]
+
+
+def once(kept: Path | None, name: str, measure: Callable[[], dict]) -> dict:
+    """What `measure` returns, kept under its name in a JSON file, so that a run that is
+    killed does not measure it again; None keeps nothing."""
+    if kept is None:
+        return measure()
+    done = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if name not in done:
+        done[name] = measure()
+        with whole_file(kept) as part:
+            part.write_text(json.dumps(done), encoding="utf-8")
+    return done[name]
 
 
 def load_runs(path: str | Path) -> list[dict]:

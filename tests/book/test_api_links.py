@@ -7,21 +7,9 @@ import re
 from pydoc import locate
 
 import pytest
-from support import ROOT
+from support import NOTEBOOKS, ROOT
 
-CHAPTERS = (  # those that link; all of them, in the end
-    "01_cifar_data",
-    "02_net2net",
-    "03_static_hypernetworks",
-    "04_dynamic_hypernetworks",
-    "05_supernet",
-    "06_experiment_1",
-    "07_experiment_2",
-    "08_pudnet",
-    "09_labelled",
-    "10_results",
-    "11_your_own",
-)
+CHAPTERS = [path.stem for path in NOTEBOOKS]
 LINK = re.compile(r"\[`([^`\]]+)`\]\(\.\./book/api\.md#([\w.-]+)\)")
 ENTRY = re.compile(r"^\.\. auto(?:function|class):: ([\w.]+)$", re.MULTILINE)
 

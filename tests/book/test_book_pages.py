@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from support import ROOT
+from support import NOTEBOOKS, ROOT
 
 from minisupernet.course.status import NOTES, note_run, status_page
 from minisupernet.errors import ResultError
@@ -21,19 +21,6 @@ BOOK = ROOT / "book"
 QUIZZES = sorted(path.stem for path in BOOK.glob("quiz_*.md"))
 OPTION = re.compile(
     r":::\{dropdown\} ([^\n]+)\n:class-container: quiz-(\w+)\n\n(.+?)\n:::", re.DOTALL
-)
-TIMED = (  # all chapters, in the end
-    "01_cifar_data",
-    "02_net2net",
-    "03_static_hypernetworks",
-    "04_dynamic_hypernetworks",
-    "05_supernet",
-    "06_experiment_1",
-    "07_experiment_2",
-    "08_pudnet",
-    "09_labelled",
-    "10_results",
-    "11_your_own",
 )
 each_quiz = pytest.mark.parametrize("quiz", QUIZZES)
 
@@ -68,9 +55,7 @@ def prose() -> str:
     the other pages.
     """
     cells = (
-        cell
-        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
-        for cell in json.loads(path.read_text())["cells"]
+        cell for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]
     )
     chapters = [
         "".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"
@@ -191,10 +176,9 @@ def reading_minutes(chapter: Path) -> float:
     return words / 150 + lines / 15
 
 
-@pytest.mark.parametrize("name", TIMED)
-def test_the_time_of_a_chapter_follows_the_rule(name):
+@pytest.mark.parametrize("chapter", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_time_of_a_chapter_follows_the_rule(chapter):
     assert "150 words or 15 lines of open code a minute" in text("intro.md")
-    chapter = ROOT / "notebooks" / f"{name}.ipynb"
     first = "".join(json.loads(chapter.read_text())["cells"][0]["source"])
     said = re.search(
         r"\*\*Time\.\*\* Reading takes (\d+) minutes, exercises apart\. A quick run"

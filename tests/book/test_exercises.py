@@ -13,8 +13,8 @@ import symtable
 import pytest
 import torch
 from nbformat import NotebookNode
+from support import NOTEBOOKS
 from test_notebooks import (
-    NOTEBOOKS,
     code_cells,
     each_notebook,
     is_compared,

@@ -17,12 +17,11 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from support import ROOT
+from support import NOTEBOOKS, ROOT
 
 from minisupernet.course.runs.notebooks import stand_in_folder
 from minisupernet.course.runs.outputs import keep_outputs
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PARAMETERS = {"profile": "quick", "data": "auto", "seed": 0}
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 KERNEL = {

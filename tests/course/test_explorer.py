@@ -21,7 +21,7 @@ from matplotlib import pyplot
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
-from support import ROOT
+from support import NOTEBOOKS
 
 from minisupernet.course import plots
 from minisupernet.course.explorer import Explorer, explorer
@@ -238,9 +238,7 @@ def stored(path: Path) -> list[str]:
     return [each for each in found if 'class="explorer"' in each]
 
 
-WITH_EXPLORERS = [
-    path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if stored(path)
-]
+WITH_EXPLORERS = [path for path in NOTEBOOKS if stored(path)]
 each_chapter = pytest.mark.parametrize(
     "path", WITH_EXPLORERS, ids=lambda path: path.stem
 )

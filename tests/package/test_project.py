@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
+from support import NOTEBOOKS, ROOT
 
 from minisupernet.course.commands import make_parser
 
@@ -169,8 +169,7 @@ def test_colab_brings_what_the_package_needs_so_that_nothing_of_it_is_replaced()
 
 def test_every_chapter_is_timed_at_night():
     sweep = read(ROOT / "sweeps" / "quick.yaml")
-    chapters = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert sweep["grid"]["notebook"] == [int(path.name[:2]) for path in chapters]
+    assert sweep["grid"]["notebook"] == [int(path.name[:2]) for path in NOTEBOOKS]
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"sweeps/quick\.yaml .*--timeout 45\b", makefile)
     assert re.search(r"^test-long:.*\n(\t.*\n)*\t\$\(MAKE\) quick$", makefile, re.M)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from minisupernet.course.records import rounded_rows
 from minisupernet.course.studies.hyperlstm import matched_sizes, parameters
 from minisupernet.course.studies.rates import best_rate_once
 from minisupernet.data.text import CharacterModel, Text, bits_per_character, streams
@@ -194,10 +195,7 @@ def measure(
         **found,
         "train_bits": round(history.last("loss") / math.log(2), 4),
         "train_seconds": round(history.last("seconds"), 1),
-        "history": [
-            {name: round(value, 4) for name, value in row.items()}
-            for row in history.rows
-        ],
+        "history": rounded_rows(history.rows),
     }
 
 

@@ -148,8 +148,7 @@ def _look(unit: Unit) -> Plan:
             "z_only": lambda: fitted(unit, data, 3e-3, partial(fit_at, None)),
             "z_prior": lambda: fitted(unit, data, 3e-2, partial(fit_at, prior)),
         }
-        count = int(data.splits["train"].counts[data.classes].min())
-        return looks | (fits if count in unit.settings.fit_sizes else {})
+        return looks | (fits if _images_each(data) in unit.settings.fit_sizes else {})
 
     def end() -> dict:
         after = {"sha256_before": before, "sha256_after": fingerprint(generator)}
@@ -205,11 +204,14 @@ def _as_trained(fold: Fold, generator: LabelledNet) -> Trained:
     return Trained(fold, generator.supernet, u[a] - u[b], u, History())
 
 
+def _images_each(data: TaskImages) -> int:
+    """The training images that every class has."""
+    return int(data.splits["train"].counts[data.classes].min())
+
+
 def _with_mirrors(data: TaskImages) -> tuple[Tensor, Tensor]:
     """All training images of `data` and their mirror images, and the labels of both."""
-    images, labels = examples(
-        data, int(data.splits["train"].counts[data.classes].min())
-    )
+    images, labels = examples(data, _images_each(data))
     return torch.cat([images, images.flip(-1)], 1), torch.cat([labels, labels], 1)
 
 
@@ -220,11 +222,12 @@ def _measure_look(
     with torch.no_grad():
         weights = generator(*shown)
     seconds = (time.perf_counter() - began) / len(data.tasks)
-    return _tested(unit, data, weights) | {"seconds": round(seconds, 5)}
+    found = accuracies(unit.fold.target, weights, data, "test")
+    return _tested(found) | {"seconds": round(seconds, 5)}
 
 
-def _tested(unit: Unit, data: TaskImages, weights: Weights) -> dict:
-    alone, mirrored = accuracies(unit.fold.target, weights, data, "test")
+def _tested(found: Tensor) -> dict:
+    alone, mirrored = found
     return {"test": rounded(alone), "test_mirrored": rounded(mirrored)}
 
 
@@ -245,8 +248,7 @@ def _measure_shuffled(
         mixed = labels[:, :half].gather(1, order).repeat(1, 2)
         weights = generator.supernet(difference(e, mixed))
         total = total + accuracies(unit.fold.target, weights, data, "test")
-    alone, mirrored = total / unit.settings.shuffles
-    return {"test": rounded(alone), "test_mirrored": rounded(mirrored)}
+    return _tested(total / unit.settings.shuffles)
 
 
 class _AsTrunk:

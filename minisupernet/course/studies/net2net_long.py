@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.classification import Pictures
+from minisupernet.course.records import rounded_rows
 from minisupernet.course.studies.growing import conv_net
 from minisupernet.course.studies.net2net import stage_ends, widths_of
 from minisupernet.course.studies.rates import best_rate_once
@@ -296,10 +297,7 @@ def _course(history: History) -> dict:
     return {
         "train_loss": round(history.last("loss"), 4),
         "train_seconds": round(history.last("seconds"), 1),
-        "history": [
-            {name: round(value, 4) for name, value in row.items()}
-            for row in history.rows
-        ],
+        "history": rounded_rows(history.rows),
     }
 
 

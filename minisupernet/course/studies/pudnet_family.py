@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minisupernet.course.records import rounded
+from minisupernet.course.records import rounded, rounded_rows
 from minisupernet.course.studies.rates import best_rate_once
 from minisupernet.data import ImageSet
 from minisupernet.data.episodes import Batch, Episodes, Shape
@@ -413,8 +413,5 @@ def measure(
         "test": tested,
         "train_loss": round(history.last("loss"), 4),
         "train_seconds": round(history.last("seconds"), 1),
-        "history": [
-            {name: round(value, 4) for name, value in row.items()}
-            for row in history.rows
-        ],
+        "history": rounded_rows(history.rows),
     }

@@ -4,12 +4,11 @@ Every arm tries as many candidates on validation images, and where the best lies
 edge of what was tried, one more is tried beyond it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from minisupernet.files import whole_file
+from minisupernet.course.records import once
 
 __all__ = ["Choice", "best_rate", "best_rate_once"]
 
@@ -62,14 +61,12 @@ def best_rate_once(
         kept: the file; None keeps nothing. `rates`, `most`: as `best_rate` takes them.
         trial: a rate to its validation value, more being better.
     """
-    if kept and kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    rate, _, tried = best_rate(rates, lambda each: (trial(each), None), most)
-    chosen = {"rate": rate, "tried": tried}
-    if kept:
-        with whole_file(kept) as part:
-            part.write_text(json.dumps(chosen), encoding="utf-8")
-    return chosen
+
+    def choose() -> dict:
+        rate, _, tried = best_rate(rates, lambda each: (trial(each), None), most)
+        return {"rate": rate, "tried": tried}
+
+    return once(kept, "rate", choose)
 
 
 def _best(found: dict[float, tuple[float, Result]]) -> float:

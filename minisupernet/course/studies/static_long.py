@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minisupernet.classification import Pictures
+from minisupernet.course.records import rounded_rows
 from minisupernet.course.studies.static_hypernet import multiply_adds
 from minisupernet.data import ImageSet
 from minisupernet.errors import StudyError
@@ -150,9 +151,7 @@ def _train(
         every=-(-steps // settings.looks),
         checkpoint=checkpoint,
     )
-    return [
-        {key: round(value, 4) for key, value in row.items()} for row in history.rows
-    ]
+    return rounded_rows(history.rows)
 
 
 def _optimizer(

@@ -2,7 +2,6 @@
 goes on after a kill, and the fits that such arms are made of.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minisupernet.course.records import rounded
+from minisupernet.course.records import once, rounded
 from minisupernet.course.studies.arms import Fold, Trained
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.course.studies.setups import Setup, many_tasks, unseen_pairs
 from minisupernet.data import ImageSet
 from minisupernet.data.tasks import BinaryTasks, TaskImages
 from minisupernet.errors import StudyError
-from minisupernet.files import whole_file
 from minisupernet.fitting import Fit, fit_alone
 from minisupernet.target import run_tasks
 from minisupernet.training import frozen
@@ -74,25 +72,16 @@ class Unit:
     def once(self, name: str, measure: Callable[[], dict]) -> dict:
         """What `measure` returns, kept beside the checkpoint so that a killed unit does
         not measure it again."""
-        done = {}
-        if self.checkpoint is None:
-            return measure()
-        if self._so_far.exists():
-            done = json.loads(self._so_far.read_text(encoding="utf-8"))
-        if name not in done:
-            done[name] = measure()
-            with whole_file(self._so_far) as part:
-                part.write_text(json.dumps(done), encoding="utf-8")
-        return done[name]
+        return once(self._so_far, name, measure)
 
     def forget(self) -> None:
         """Remove what was kept for a unit that is killed."""
-        if self.checkpoint is not None:
+        if self._so_far:
             self._so_far.unlink(missing_ok=True)
 
     @property
-    def _so_far(self) -> Path:
-        return self.checkpoint.with_suffix(".so_far")
+    def _so_far(self) -> Path | None:
+        return self.checkpoint and self.checkpoint.with_suffix(".so_far")
 
 
 class Plan(NamedTuple):
