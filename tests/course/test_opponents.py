@@ -1,6 +1,7 @@
 """The opponents of a task vector: every group runs on a tiny set, and is right."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from statistics import fmean, stdev
@@ -113,6 +114,19 @@ def test_trunk_and_head_are_one_network(squares):
     alone, _ = features.right(head, "test")
     whole = accuracy(fold.target, trunk.with_head(head), data)
     assert (alone - whole).abs().max() < 1e-6
+
+
+def test_a_trunk_trained_by_questions_answers_them(squares):
+    """Its loss at the start is that of a coin, and each label is the generator's."""
+    fold = Fold.of(replace(unseen_pairs(2, "quick"), channels=4), squares, 0, 0)
+    lesson, asked = Lesson.of(fold, 400, "questions"), fold.training_tasks()
+    places = torch.tensor(lesson.classes)[lesson.questions]
+    assert places.tolist() == [list(asked.positive), list(asked.negative)]
+    assert lesson._loss(lesson._new_network(), 0).item() == pytest.approx(
+        math.log(2), abs=0.1
+    )
+    _, history = lesson.train(1e-2, 12)
+    assert history.last("validation_accuracy") > 0.65
 
 
 def test_the_start_of_he_keeps_the_length_of_a_signal(squares):

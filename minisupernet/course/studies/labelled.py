@@ -277,7 +277,7 @@ def _nearest_vector(unit: Unit, data: TaskImages, generator: LabelledNet) -> dic
 
 def _protonet(unit: Unit) -> Plan:
     body = partial(ExampleEncoder, FEATURES)
-    lesson = Lesson.of(unit.fold, PROTONET_IMAGES, episodes=True, body=body)
+    lesson = Lesson.of(unit.fold, PROTONET_IMAGES, "episodes", body)
     settings = unit.settings
     trunk, about = train_trunk(unit, lesson, settings.trunk_rates, settings.trial_steps)
 

@@ -9,6 +9,9 @@ one fold, on a target of so many `channels`, its trunk or generator trained for 
 * `heads`: on a trunk trained to tell the trained classes apart, `head`, a logistic
   regression; `head_32`, one on 32 principal directions, as many numbers as z;
   `nearest_mean`, the cosine to class means.
+* `questions`: the arms of `heads`, `question_head` and so on, with a trunk that was
+  trained by the generator's own questions, each about two classes, in place of telling
+  all classes apart: what the generator's labels are worth to one network.
 * `prototypes`: a trunk trained by episodes and, on it, the nearest class mean.
 * `from_trunk`: the trunk of `heads` with its `head`, from which are fitted `biases`,
   `lora` (each weight matrix plus a product of two vectors) and `trunk_fine_tuned`.
@@ -108,17 +111,17 @@ def measure(
     return measure_group(GROUPS, settings, *rest, **unit)
 
 
-def _heads(unit: Unit) -> Plan:
-    trunk, about = _train_trunk(unit)
+def _heads(unit: Unit, by: str = "classes", name: str = "") -> Plan:
+    trunk, about = _train_trunk(unit, by)
     settings = unit.settings
 
     def arms_of(data: TaskImages) -> Arms:
         features = TaskFeatures.of(trunk, data)
         short = features.along(trunk.directions[:RANK])
         return {
-            "head": lambda: _head(features, settings)[0],
-            "head_32": lambda: _head(short, settings)[0],
-            "nearest_mean": lambda: measure_nearest_mean(features),
+            f"{name}head": lambda: _head(features, settings)[0],
+            f"{name}head_32": lambda: _head(short, settings)[0],
+            f"{name}nearest_mean": lambda: measure_nearest_mean(features),
         }
 
     return Plan(settings.sizes, arms_of, lambda: {"trunk": about})
@@ -129,7 +132,7 @@ def _head(features: TaskFeatures, settings: Settings) -> tuple[dict, Logistic]:
 
 
 def _prototypes(unit: Unit) -> Plan:
-    trunk, about = _train_trunk(unit, episodes=True)
+    trunk, about = _train_trunk(unit, "episodes")
 
     def arms_of(data: TaskImages) -> Arms:
         features = TaskFeatures.of(trunk, data)
@@ -289,16 +292,17 @@ def train_trunk(
     return Trunk(network, lesson), about | found | {"sha256": fingerprint(network)}
 
 
-def _train_trunk(unit: Unit, episodes: bool = False) -> tuple[Trunk, dict]:
+def _train_trunk(unit: Unit, by: str = "classes") -> tuple[Trunk, dict]:
     """A trunk trained with as many images a step as the generator."""
     settings, fit = unit.settings, unit.fold.setup.training
-    lesson = Lesson.of(unit.fold, fit.images * fit.tasks, episodes)
+    lesson = Lesson.of(unit.fold, fit.images * fit.tasks, by)
     return train_trunk(unit, lesson, settings.trunk_rates, settings.trial_steps)
 
 
 STARTS = {"scratch": Fold.ordinary_start, "he": _he_start}
 GROUPS: dict[str, Callable[[Unit], Plan]] = {
     "heads": _heads,
+    "questions": partial(_heads, by="questions", name="question_"),
     "prototypes": _prototypes,
     "from_trunk": _from_trunk,
     "prior": _prior,

@@ -1,15 +1,17 @@
 """One ordinary network for all classes, its features, and small heads on them.
 
 The network is the target's own body with an output for every trained class. It is
-trained with the images and steps that the generator had, to tell all trained classes
-apart or, by episodes, to put images of one class near each other (Snell and others,
-2017). On its 100 features a new task is a logistic regression, or two class means.
+trained with the images and steps that the generator had: to tell all trained classes
+apart; by the generator's own questions, each about two classes; or, by episodes, to put
+images of one class near each other (Snell and others, 2017). On its 100 features a new
+task is a logistic regression, or two class means.
 """
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 
@@ -36,13 +38,15 @@ __all__ = [
     "measure_nearest_mean",
 ]
 
+LESSONS = ("classes", "questions", "episodes")
 WAY, SHOT = 10, 5  # classes of an episode; support and query images of each
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
     """What a trunk learns from: the trained classes of a fold, `images` of them a
-    step, by episodes or by telling all of them apart.
+    step, by one of `LESSONS`: all classes are told apart, or the two of a question of
+    the generator's, or those of an episode.
 
     By episodes it may be another `body` than the target's, images to features (N, D).
     """
@@ -51,7 +55,7 @@ class Lesson:
     data: TaskImages
     classes: tuple[int, ...]
     images: int
-    episodes: bool = False
+    by: str = "classes"
     body: Callable[[], nn.Module] | None = None
 
     @classmethod
@@ -59,14 +63,17 @@ class Lesson:
         cls,
         fold: Fold,
         images: int,
-        episodes: bool = False,
+        by: str = "classes",
         body: Callable[[], nn.Module] | None = None,
     ) -> "Lesson":
         """The one that the generator's own questions make."""
         asked = fold.training_tasks()
-        return cls(
-            fold, fold.images_of(asked), tuple(asked.classes), images, episodes, body
-        )
+        return cls(fold, fold.images_of(asked), tuple(asked.classes), images, by, body)
+
+    @cached_property
+    def questions(self) -> Tensor:
+        """The places in `classes` of both sides of each question, (2, T)."""
+        return torch.searchsorted(torch.tensor(self.classes), self.data.tasks.pairs())
 
     def train(
         self, rate: float, steps: int, checkpoint: Path | None = None
@@ -94,15 +101,30 @@ class Lesson:
                 return nn.Sequential(OrderedDict(parts))
             network = TaskClassifier(self.fold.setup.channels)
             many = nn.Linear(network.output.in_features, len(self.classes))
-        network.output = nn.Identity() if self.episodes else many
+        network.output = nn.Identity() if self.by == "episodes" else many
         return network
 
     def _loss(self, network: nn.Module, step: int) -> Tensor:
         random = step_generator(self.fold.seed, step)
-        if self.episodes:
+        if self.by == "episodes":
             return self._episode_loss(network, random)
+        if self.by == "questions":
+            return self._question_loss(network, random)
         labels = torch.randint(len(self.classes), (self.images,), generator=random)
         return F.cross_entropy(network(self._pictures(labels, random)), labels)
+
+    def _question_loss(self, network: nn.Module, random: torch.Generator) -> Tensor:
+        """The logit of a question is the output of its one class minus that of the
+        other, as a generator of the last layer alone would have it."""
+        asked = torch.randint(self.questions.shape[1], (self.images,), generator=random)
+        first, second = self.questions[:, asked]
+        turned = torch.rand(self.images, generator=random) < 0.5
+        own, other = (
+            torch.where(turned, second, first),
+            torch.where(turned, first, second),
+        )
+        outputs, row = network(self._pictures(own, random)), torch.arange(self.images)
+        return F.softplus(outputs[row, other] - outputs[row, own]).mean()
 
     def _episode_loss(self, network: nn.Module, random: torch.Generator) -> Tensor:
         """Logits are minus the squared distances of query images from the means of the
@@ -129,16 +151,20 @@ class Lesson:
 
     @torch.no_grad()
     def _validate(self, network: nn.Module) -> float:
-        """Accuracy on validation images; after episodes by the nearest mean of half of
-        them, on the other half."""
+        """Accuracy on validation images, of all classes or of the questions; after
+        episodes by the nearest mean of half of them, on the other half."""
         split, images = self.data.splits["validation"], self.data.images
         members = split.members[list(self.classes)]  # (classes, n)
         shown = prepared(images, images.train_images[members.flatten()])
         outputs = torch.cat([network(part) for part in shown])
         grouped = outputs.view(*members.shape, -1)  # (classes, n, outputs)
         own, half = torch.arange(len(grouped))[:, None], members.shape[1] // 2
-        if not self.episodes:
+        if self.by == "classes":
             return (grouped.argmax(2) == own).float().mean().item()
+        if self.by == "questions":
+            (a, b), (c, d) = self.questions, self.questions.flip(0)
+            ahead = [grouped[i, :, i] > grouped[i, :, j] for i, j in ((a, c), (b, d))]
+            return torch.stack(ahead).float().mean().item()  # both of (T, n)
         means, asked = grouped[:, :half].mean(1), grouped[:, half:]
         nearest = torch.cdist(asked.flatten(0, 1), means).argmin(1)
         return (nearest.view(asked.shape[:2]) == own).float().mean().item()
