@@ -231,7 +231,7 @@ def test_a_failing_cell_is_named_and_the_old_output_is_kept_apart(checkout):
 def test_a_cell_that_takes_too_long_is_stopped_and_named(checkout, monkeypatch):
     monkeypatch.setitem(runs.CELL_SECONDS, "quick", 1)
     path = write_notebook(
-        checkout / "notebooks" / "02_slow.ipynb", "import time; time.sleep(60)"
+        checkout / "notebooks" / "02_slow.ipynb", "import time; time.sleep(60)", "1"
     )
     with pytest.raises(
         RunError,
@@ -510,7 +510,7 @@ def test_the_run_command_stops_a_cell_that_takes_too_long(
 ):
     monkeypatch.setattr("minisupernet.course.commands.CHECKOUT", checkout)
     write_notebook(
-        checkout / "notebooks" / "02_slow.ipynb", "import time; time.sleep(60)"
+        checkout / "notebooks" / "02_slow.ipynb", "import time; time.sleep(60)", "1"
     )
     assert main(["run", "slow", "--timeout", "1"]) == 1
     assert (

@@ -184,6 +184,7 @@ def test_a_grid_and_a_list_are_expanded_and_doubles_count_once(tmp_path):
             "seed is in 'list' and in 'grid'",
         ),
         ("fixed: {seed: -1}", "parameter seed must be a whole number from 0 to"),
+        (f"fixed: {{seed: {2**70}}}", "parameter seed must be a whole number from 0"),
         ("fixed: {seed: 99999999999}", "parameter seed must be a whole number"),
     ],
 )

@@ -296,7 +296,7 @@ def _failed_cell(unfinished: Path) -> str:
         for cell in cells
         if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
     ]
-    number = max(n for n, (_, note) in enumerate(code) if note["status"] != "pending")
+    number = max(n for n, (_, note) in enumerate(code) if note.get("start_time"))
     return f"In [{number + 1}] `{code[number][0].splitlines()[0][:60]}`"
 
 

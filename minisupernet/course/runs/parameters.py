@@ -30,6 +30,10 @@ def plain(name: str, value: Any) -> Any:
     """
     if type(value) is list and not any(isinstance(each, list) for each in value):
         return [plain(name, each) for each in value]
+    if name == "seed" and type(value) is int and not 0 <= value <= LARGEST_SEED:
+        raise RunError(
+            f"parameter seed must be a whole number from 0 to {LARGEST_SEED}."
+        )
     text = (
         type(value) is str
         and "\0" not in value
@@ -45,10 +49,6 @@ def plain(name: str, value: Any) -> Any:
         raise RunError(
             f"parameter {name} must be text, a finite number, true or false, or a list"
             " of these."
-        )
-    if name == "seed" and type(value) is int and not 0 <= value <= LARGEST_SEED:
-        raise RunError(
-            f"parameter seed must be a whole number from 0 to {LARGEST_SEED}."
         )
     return value
 
