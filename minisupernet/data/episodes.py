@@ -63,6 +63,7 @@ class Episodes:
         classes: the class numbers to draw from.
         test: take the query images from the test images.
         flip: mirror each image with chance one half.
+        crop: shift each image by up to so many pixels.
 
     Raises:
         EpisodeError: for no class, a class the image set does not have, or one that is
@@ -75,6 +76,7 @@ class Episodes:
         classes: Sequence[int],
         test: bool = False,
         flip: bool = False,
+        crop: int = 0,
     ) -> None:
         known = set(range(images.classes))
         if not classes or not set(classes) <= known or len(set(classes)) < len(classes):
@@ -82,7 +84,7 @@ class Episodes:
                 f"classes must be different numbers from 0 to {images.classes - 1}, at"
                 " least one of them."
             )
-        self.images, self.test, self.flip = images, test, flip
+        self.images, self.test, self.flip, self.crop = images, test, flip, crop
         # episodes are drawn on the CPU, so that a GPU waits for no number
         self.classes = torch.tensor(classes)
         self.train_members = _by_class(images.train_labels.cpu(), classes)
@@ -122,7 +124,8 @@ class Episodes:
                 other = other[torch.randperm(len(other), generator=random)]
             support.append(own[: shape.support])
             query.append(other[: shape.query])
-        return self._batch(places, support, query, random if self.flip else None)
+        moved = random if self.flip or self.crop else None
+        return self._batch(places, support, query, moved)
 
     def whole(self, datasets: Sequence[Sequence[int]], support: int) -> Batch:
         """Given datasets, each a list of classes: the first `support` train images and
@@ -168,7 +171,7 @@ class Episodes:
             source[torch.cat(query).to(images.device)],
         ]
         if random is not None:
-            pixels = [augment(each, random, crop=0) for each in pixels]
+            pixels = [augment(each, random, self.flip, self.crop) for each in pixels]
         support, query = (
             normalise(each, images.mean, images.std).unflatten(0, (tasks, -1))
             for each in pixels

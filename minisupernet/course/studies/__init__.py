@@ -76,6 +76,11 @@ STUDIES = {
         "cifar100",
         {"arm": "pudnet", "changes": "colours", "channels": 8, "steps": 6_000},
     ),
+    "fewshot": Study(
+        "08_fewshot.json",
+        "cifar100",
+        {"benchmark": "cifar_fs", "arm": "protonet", "channels": 64, "steps": 2_000},
+    ),
 }
 
 

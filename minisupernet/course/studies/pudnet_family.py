@@ -10,6 +10,7 @@ one arm on one split of the classes, which the seed draws.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,11 @@ __all__ = [
     "CHANGES",
     "Changes",
     "ClassEncoder",
+    "Family",
     "Settings",
+    "Unit",
     "aligned",
+    "check_size",
     "check_unit",
     "class_split",
     "draw_changes",
@@ -249,6 +253,11 @@ def check_unit(arm: str, changes: str, channels: int, steps: int) -> None:
             raise StudyError(
                 f"{name} cannot be '{value}'; choose one of {', '.join(known)}."
             )
+    check_size(channels, steps)
+
+
+def check_size(channels: int, steps: int) -> None:
+    """Raise a StudyError where no target has so many channels, or for no steps."""
     if channels < 4 or channels % 4 or steps < 1:
         raise StudyError(
             "channels must be 4 or a multiple of it, and steps from 1, not"
@@ -334,7 +343,21 @@ class Unit:
         return self.checkpoint and self.checkpoint.with_suffix(".rate")
 
     def test(self, learner: Learner, family: Family, support: int) -> dict[str, float]:
-        """Mean accuracy on test episodes, by what the generator is shown: the data set
+        """Mean accuracy over `on_episodes`."""
+        return {
+            name: round(fmean(values), 4)
+            for name, values in self.on_episodes(learner, family, support).items()
+        }
+
+    def forget(self) -> None:
+        """Remove what was kept for a unit that is killed."""
+        if self.kept:
+            self.kept.unlink(missing_ok=True)
+
+    def on_episodes(
+        self, learner: Learner, family: Family, support: int
+    ) -> dict[str, list[float]]:
+        """Accuracy on each test episode, by what the generator is shown: the data set
         itself, another one, other classes in its own change, or its own in another.
         """
         shape = Shape(self.settings.shape.way, support, self.settings.shape.query)
@@ -353,9 +376,7 @@ class Unit:
             for name, datasets in shown.items():
                 values = rounded(learner.accuracy(met, datasets))
                 found[name] = found.get(name, []) + values
-        return {
-            name: round(sum(values) / len(values), 4) for name, values in found.items()
-        }
+        return found
 
 
 def measure(
@@ -398,8 +419,7 @@ def measure(
     learner, history = unit.train(chosen["rate"], steps, checkpoint)
     tested = {str(k): unit.test(learner, test, k) for k in settings.supports}
     report(f"{arm}, {changes}, {channels} channels, seed {seed}: {tested}")
-    if unit.kept:
-        unit.kept.unlink(missing_ok=True)
+    unit.forget()
     return {
         "arm": arm,
         "changes": changes,
