@@ -19,6 +19,7 @@ from minisupernet.course.report.opponents import (
     opponents_figure,
     opponents_table,
     reached,
+    sizes_figure,
     target_sizes_table,
     with_experiment,
 )
@@ -192,7 +193,11 @@ def test_the_tables_are_drawn_from_the_records_by_fold():
     row = f"| head on one network | {found.percent()}: not told apart | – | – |"
     assert leads_table(runs, 2, "z_only").data.splitlines()[2:] == [row]
     sizes = target_sizes_table(runs, "z_only").data
-    assert f"| 16 | 37,165 | {found.percent()}: not told apart | – | – |" in sizes
+    row = f"| 16 | 37,165 | head on one network | {found.percent()}: not told apart |"
+    assert row in sizes
+    (axes,) = sizes_figure(runs, "z_only", ("head",), 5).axes
+    (drawn,) = axes.containers
+    assert drawn.lines[0].get_ydata()[0] == pytest.approx(100 * found.mean)
     said = by_chance(leads_table(runs, 2, "z_only"), target_sizes_table(runs, "z_only"))
     assert said.startswith("2 differences are judged here")
     with pytest.raises(ResultError, match="no recorded unit of experiment 1 has the"):

@@ -24,6 +24,7 @@ __all__ = [
     "opponents_figure",
     "opponents_table",
     "reached",
+    "sizes_figure",
     "target_sizes_table",
     "with_experiment",
 ]
@@ -205,26 +206,67 @@ def _lead_or_none(
 
 
 def target_sizes_table(
-    runs: Sequence[dict], ours: str = "z_prior", theirs: str = "head"
+    runs: Sequence[dict],
+    ours: str = "z_only",
+    theirs: Sequence[str] = ("head", "question_head"),
 ) -> "Markdown":
-    """z and a head on targets of other sizes, on the pairs of experiment 2."""
-    mine = [run for run in runs if run["of_experiment"] == 2 and run["steps"] == STEPS]
+    """z and a head on targets of several sizes, on the pairs of experiment 2: ours
+    minus each of theirs, in points, and the verdict."""
     rows = []
-    for channels in sorted({run["channels"] for run in mine}):
+    for channels in _channels(runs):
         weights = WeightSpec.of(TaskClassifier(channels)).size
-        found = [
-            _lead_or_none(runs, 2, ours, theirs, size, {"channels": channels})
-            for size in (5, 20, None)
-        ]
-        if any(found):
-            said = [
-                f"{each.percent()}: {verdict(each)}" if each else "–" for each in found
+        for arm in theirs:
+            found = [
+                _lead_or_none(runs, 2, ours, arm, size, {"channels": channels})
+                for size in (5, 20, None)
             ]
-            rows.append([channels, f"{weights:,}", *said])
-    words = (
-        f"{OPPONENT_NAMES[ours]} − {OPPONENT_NAMES[theirs]}, points, images of a class:"
-    )
-    return table(["filters", "weights", f"{words} 5", "20", str(ALL_IMAGES)], rows)
+            if any(found):
+                said = [
+                    f"{each.percent()}: {verdict(each)}" if each else "–"
+                    for each in found
+                ]
+                rows.append([channels, f"{weights:,}", OPPONENT_NAMES[arm], *said])
+    words = f"{OPPONENT_NAMES[ours]} − ..."
+    return table(["filters", "weights", words, "5 images", "20", str(ALL_IMAGES)], rows)
+
+
+def _channels(runs: Sequence[dict]) -> list[int]:
+    """The sizes of targets that are recorded for experiment 2."""
+    mine = [run for run in runs if run["of_experiment"] == 2 and run["steps"] == STEPS]
+    return sorted({run["channels"] for run in mine})
+
+
+def sizes_figure(
+    runs: Sequence[dict],
+    ours: str = "z_only",
+    theirs: Sequence[str] = ("head", "question_head"),
+    size: int | None = 20,
+) -> "Figure":
+    """One arm minus others in experiment 2, in points, against the number of filters
+    in the target's layers, with 95 % intervals over folds.
+
+    Args:
+        size: training images of each class; None for all.
+    """
+    figure, axes = new_figure(width=5.5, height=3.0)
+    for number, arm in enumerate(theirs):
+        found = {
+            channels: _lead_or_none(runs, 2, ours, arm, size, {"channels": channels})
+            for channels in _channels(runs)
+        }
+        drawn = {c: each for c, each in found.items() if each and each.n >= FEWEST}
+        places = [channels * 1.06 ** (2 * number - 1) for channels in drawn]
+        means = [100 * each.mean for each in drawn.values()]
+        reach = [100 * (each.high - each.mean) for each in drawn.values()]
+        style = {"fmt": f"{'os'[number]}-", "color": COLOURS[number], "capsize": 3}
+        axes.errorbar(places, means, reach, label=OPPONENT_NAMES[arm], **style)
+    axes.axhline(0, color=COLOURS[-1], linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(_channels(runs), _channels(runs))
+    axes.minorticks_off()
+    axes.set(xlabel="filters in each layer of the network", ylabel="z − it (points)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=1)
+    return figure
 
 
 def by_chance(*tables: "Markdown") -> str:
