@@ -70,7 +70,7 @@ def test_a_group_measures_every_held_out_task(squares, experiment, group, tmp_pa
         assert len(arm["test"]) == len(arm["test_mirrored"]) == count
         tried = [each["rate"] for each in arm.get("tried", [])]
         assert tried == sorted(tried) and (not tried or arm["rate"] in tried)
-    if group == "prior":
+    if group in ("prior", "begun"):
         assert run["generator"]["sha256_before"] == run["generator"]["sha256_after"]
         assert len(run["prior"]) == 32 and min(run["prior"]) > -1e-6
     assert run["steps"] == 6 and not list(tmp_path.glob("*.so_far"))
@@ -92,6 +92,27 @@ def test_a_killed_unit_goes_on_and_ends_as_if_never_killed(squares, tmp_path):
     again = unit(squares, "from_trunk", checkpoint=path)
     assert again["few"] == whole["few"] and again["trunk"]["rate"]
     assert again["trunk"]["sha256"] == whole["trunk"]["sha256"]
+
+
+def test_a_generator_that_is_begun_from_a_trunk_makes_its_body(squares, monkeypatch):
+    made = []
+
+    def caught(self, checkpoint=None, generator=None):
+        made.append((self, generator))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fold, "train", caught)
+    with pytest.raises(KeyboardInterrupt):
+        unit(squares, "begun")
+    ((fold, generator),) = made
+    flat = generator.flat(torch.randn(2, 32)).detach()
+    assert torch.equal(flat[0], flat[1])
+    weights = fold.spec.split(flat)
+    assert weights["output.weight"].abs().max() == 0
+    first = weights["convolutions.0.weight"][0]
+    lesson = Lesson.of(fold, 800)
+    assert not torch.allclose(first, lesson._new_network().convolutions[0].weight)
+    assert first.abs().max() > 0.01
 
 
 def test_no_trunk_is_trained_on_a_held_out_class(squares):

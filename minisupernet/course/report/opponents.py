@@ -39,6 +39,8 @@ OPPONENT_NAMES = {
     "z_recorded": "z only, this chapter's runs",
     "z_only": "z only, fitted anew",
     "z_prior": "z with a prior",
+    "begun_z": "z, generator begun from the one network",
+    "begun_z_prior": "the same, z with a prior",
     UNADAPTED: "nothing fitted: the mean z",
     "head": "head on one network",
     "head_32": "head on 32 directions of it",

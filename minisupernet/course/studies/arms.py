@@ -137,10 +137,14 @@ class Fold:
         times = max(1, round(len(others) * share / (1 - share) / len(trained)))
         return self.tasks.select(self.trained * times) + others
 
-    def train(self, checkpoint: Path | None = None) -> "Trained":
-        """Train a generator from its random start, and the vectors of its tasks."""
+    def train(
+        self, checkpoint: Path | None = None, generator: SuperNet | None = None
+    ) -> "Trained":
+        """Train a generator, in place, or a new one from its random start, and the
+        vectors of its tasks."""
         fit, tasks = replace(self.setup.training, seed=self.seed), self.training_tasks()
-        generator, vectors = self.new_generator(self.seed), None
+        generator = self.new_generator(self.seed) if generator is None else generator
+        vectors = None
         if self.setup.many_tasks:
             vectors = ClassVectors(tasks, self.setup.z_dim, self.seed)
         z, history = train_generator(

@@ -18,6 +18,9 @@ one fold, on a target of so many `channels`, its trunk or generator trained for 
 * `prior`: the generator, and z fitted from the mean of the trained ones, `z_only`, or
   with a `Prior`, `z_prior`: z = m + L e, and |e|^2 / 2 added to the summed loss. Of two
   new classes m is 0 and L L' twice the covariance of the class vectors.
+* `begun`: z once more, `begun_z` and `begun_z_prior`, through a generator that starts
+  as the trunk of `heads`: every network that it makes has that body, and training lets
+  z move it. So it knows what the labels of all classes say, and not of two alone.
 * `scratch`: all weights from PyTorch's start and from that of He and others (2015), in
   300, 1,000 and 3,000 steps; `scratch_longest` and `he_longest` in 10,000.
 * `fine_tuned` and `fine_tuned_longest`: the same from the generator's mean z.
@@ -28,7 +31,7 @@ of an image and its mirror image.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from minisupernet.course.records import fingerprint, rounded
-from minisupernet.course.studies.arms import Fold
+from minisupernet.course.studies.arms import Fold, Trained
 from minisupernet.course.studies.rates import best_rate
 from minisupernet.course.studies.trunk import (
     Lesson,
@@ -72,8 +75,8 @@ RANK = 32  # principal directions of `head_32`: as many numbers as z has
 
 @dataclass(frozen=True)
 class Settings(Amount):
-    """How much is done: beside what every study says, `long_sizes`, `long_steps` and
-    `longest` of the arms that train for longer, and how trunks and heads are chosen."""
+    """How much is done: beside what every study says, `long_sizes` of the
+    arms that take long to fit, `long_steps` and `longest` of those that train longer, and how trunks and heads are chosen."""
 
     sizes: tuple[int | None, ...] = (5, 10, 20, 50, 100, None)
     fit_steps: int = 300
@@ -160,7 +163,24 @@ def _from_trunk(unit: Unit) -> Plan:
 
 
 def _prior(unit: Unit) -> Plan:
-    trained = unit.fold.train(unit.checkpoint)
+    return _task_vectors(unit, unit.fold.train(unit.checkpoint), "z_only", "z_prior")
+
+
+def _begun(unit: Unit) -> Plan:
+    trunk, about = _train_trunk(replace(unit, checkpoint=None))
+    nothing = Logistic(torch.zeros(1, len(trunk.mean)), torch.zeros(1))
+    generator = unit.fold.new_generator(unit.fold.seed)
+    with torch.no_grad():
+        generator.head_weight.zero_()  # z says nothing yet
+        generator.head_bias.copy_(unit.fold.spec.join(trunk.with_head(nothing))[0])
+    trained = unit.fold.train(unit.checkpoint, generator)
+    plan = _task_vectors(unit, trained, "begun_z", "begun_z_prior")
+    return plan._replace(about=lambda: plan.about() | {"trunk": about})
+
+
+def _task_vectors(unit: Unit, trained: Trained, alone: str, with_prior: str) -> Plan:
+    """z fitted through a trained generator: from the mean of the trained vectors, and
+    with a prior."""
     before = fingerprint(trained.generator)
     prior = Prior.of(trained, unit.fold.tasks.select(unit.numbers))
 
@@ -168,8 +188,8 @@ def _prior(unit: Unit) -> Plan:
         fit = partial(fitted, unit, data)
         plain = partial(fit_task_vectors, trained, data)
         return {
-            "z_only": lambda: fit(3e-3, partial(plain, None)),
-            "z_prior": lambda: fit(3e-2, partial(plain, prior)),
+            alone: lambda: fit(3e-3, partial(plain, None)),
+            with_prior: lambda: fit(3e-2, partial(plain, prior)),
         }
 
     def about() -> dict:
@@ -182,7 +202,7 @@ def _prior(unit: Unit) -> Plan:
             "prior": rounded(prior.root.square().sum(0).flip(0)),
         }
 
-    return Plan(unit.settings.sizes, arms_of, about)
+    return Plan(unit.settings.long_sizes, arms_of, about)
 
 
 def _scratch(unit: Unit, starts: Sequence[str], steps: Sequence[int]) -> Plan:
@@ -306,6 +326,7 @@ GROUPS: dict[str, Callable[[Unit], Plan]] = {
     "prototypes": _prototypes,
     "from_trunk": _from_trunk,
     "prior": _prior,
+    "begun": _begun,
     "scratch": lambda unit: _scratch(unit, tuple(STARTS), unit.settings.long_steps),
     "scratch_longest": lambda unit: _scratch(unit, ("scratch",), unit.settings.longest),
     "he_longest": lambda unit: _scratch(unit, ("he",), unit.settings.longest),
