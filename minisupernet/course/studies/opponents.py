@@ -75,8 +75,9 @@ RANK = 32  # principal directions of `head_32`: as many numbers as z has
 
 @dataclass(frozen=True)
 class Settings(Amount):
-    """How much is done: beside what every study says, `long_sizes` of the
-    arms that take long to fit, `long_steps` and `longest` of those that train longer, and how trunks and heads are chosen."""
+    """How much is done: beside what every study says, `long_sizes` of the arms that
+    take long to fit, `long_steps` and `longest` of those that train for longer, and how
+    trunks and heads are chosen."""
 
     sizes: tuple[int | None, ...] = (5, 10, 20, 50, 100, None)
     fit_steps: int = 300
