@@ -183,11 +183,12 @@ def leads_table(
     experiment: int,
     ours: str = "z_recorded",
     sizes: Sequence[int | None] = (5, 20, None),
+    theirs: Sequence[str] = tuple(OPPONENT_NAMES),
     **which: int | bool,
 ) -> "Markdown":
     """An arm minus each of the others, in points, paired by fold, and the verdict."""
     rows = []
-    for arm, words in OPPONENT_NAMES.items():
+    for arm, words in ((arm, OPPONENT_NAMES[arm]) for arm in theirs):
         found = [_lead_or_none(runs, experiment, ours, arm, s, which) for s in sizes]
         if arm != ours and any(found):
             said = [
