@@ -3,12 +3,14 @@ the chapters say of them.
 """
 
 import json
+import re
 from statistics import fmean
 
 import pytest
 from support import ROOT
 
 from minisupernet.course.records import load_runs, results_file
+from minisupernet.course.report.long_studies import lead, units
 from minisupernet.course.report.net2net import choose
 from minisupernet.course.report.pudnet import against, headline, on_episodes
 from minisupernet.course.statistics import Interval, interval, paired, verdict
@@ -346,6 +348,45 @@ def test_chapter_8_says_that_one_network_is_told_apart_nowhere():
     for place in runs[0]["episodes"]:
         found = against(runs, place, "pudnet", "one_network")
         assert verdict(found) == "not told apart" and found.n == 3
+
+
+PUDNET, ONE, BY_HAND = ({"arm": a} for a in ("pudnet", "one_network", "aligned"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "theirs", "said"),
+    [
+        (PUDNET, PUDNET, "other_change", "worse by 4.0 points (2.7 to 5.3)"),
+        (BY_HAND, ONE, "own", "by 3.0 points (0.8 to 5.1)"),
+        (BY_HAND, ONE, "own", "ahead of one network by 3.0 (0.8 to 5.1)"),
+        (PUDNET, ONE, "own", "is 1.0 points (-3.2 to 5.2) from the one network"),
+        (PUDNET, ONE, "own", "one network: 1.0 points (-3.2 to 5.2) after 6,000"),
+        (BY_HAND, PUDNET, "own", "2.0 (-1.9 to 5.8) behind the look by hand"),
+    ],
+)
+def test_what_chapter_8_says_of_data_sets_with_colours_of_their_own(
+    first, second, theirs, said
+):
+    runs = load_runs(results_file("08_pudnet_family.json"))
+    which = {"changes": "colours", "channels": 8, "steps": 6_000}
+    measures = "test.5.own", f"test.5.{theirs}"
+    found = lead(runs, which | first, which | second, *measures)
+    assert found.n == 3
+    numbers = [100 * each for each in (found.mean, found.low, found.high)]
+    assert [f"{each:z.1f}" for each in numbers] == re.findall(r"-?\d+\.\d", said)[:3]
+    chapter = (ROOT / "notebooks/08_pudnet.ipynb").read_text(encoding="utf-8")
+    assert said in chapter
+
+
+def test_other_classes_in_the_right_colours_cost_pudnet_nothing():
+    runs = load_runs(results_file("08_pudnet_family.json"))
+    which = {"changes": "colours", "channels": 8, "steps": 6_000, "arm": "pudnet"}
+    own, other = (units(runs, f"test.5.{n}", **which) for n in ("own", "other_classes"))
+    assert max(abs(own[seed] - other[seed]) for seed in own) < 0.001
+    one = units(runs, "test.5.own", **which | {"arm": "one_network"})
+    assert [own[seed] > one[seed] for seed in sorted(own)].count(True) == 2
+    (run,) = [r for r in runs if r["arm"] == "pudnet" and r["seed"] == 0]
+    assert (run["parameters"], run["weights"]) == (340_336, 15_280)
 
 
 def test_the_headline_of_chapter_8():

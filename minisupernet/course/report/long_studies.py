@@ -169,11 +169,17 @@ def family_table(
         )
         cells = [
             _percent(runs, measure, arm=arm, changes=kind, **which)
-            for kind in CHANGE_NAMES
+            for kind in _changes(runs)
         ]
         if set(cells) != {"–"}:
             rows.append([words, *cells])
-    return table(["test accuracy in % (splits)", *CHANGE_NAMES.values()], rows)
+    return table(["test accuracy in % (splits)", *_changes(runs).values()], rows)
+
+
+def _changes(runs: Sequence[dict]) -> dict[str, str]:
+    """The kinds of changes that are recorded, in words."""
+    recorded = {run["changes"] for run in runs}
+    return {kind: words for kind, words in CHANGE_NAMES.items() if kind in recorded}
 
 
 def family_leads_table(
@@ -185,13 +191,13 @@ def family_leads_table(
     asked += [("pudnet", shown, words) for shown, words in SHOWN_NAMES.items()]
     for arm, shown, words in asked[:2] + asked[3:]:  # all but PudNet itself
         said = []
-        for kind in CHANGE_NAMES:
+        for kind in _changes(runs):
             ours, theirs = ({"arm": a, "changes": kind} for a in ("pudnet", arm))
             measures = f"test.{support}.own", f"test.{support}.{shown}"
             said.append(_said(runs, which | ours, which | theirs, *measures))
         if set(said) != {"–"}:
             rows.append([words, *said])
-    return table(["PudNet − ..., points", *CHANGE_NAMES.values()], rows)
+    return table(["PudNet − ..., points", *_changes(runs).values()], rows)
 
 
 def fewshot_table(runs: Sequence[dict]) -> "Markdown":

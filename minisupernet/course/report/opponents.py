@@ -276,9 +276,12 @@ def by_chance(*tables: "Markdown") -> str:
     """How many intervals of a difference these tables hold, and how many of them would
     leave 0 out by chance alone, in one sentence."""
     count = sum(len(ENDS.findall(each.data)) for each in tables)
+    said = f"about {count / 20:.0f} would still be called higher or lower."
+    if 0 < count < 20:
+        said = f"about one such table in {20 / count:.0f} would still call one so."
     return (
         f"{count} differences are judged here, each at 95 %. If there were none at all,"
-        f" about {count / 20:.0f} would still be called higher or lower."
+        f" {said}"
     )
 
 
