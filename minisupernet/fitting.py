@@ -59,6 +59,11 @@ class Fit:
     cycle: bool = True
     every: int = 100
 
+    @property
+    def schedule(self) -> Callable[[float], float]:
+        """How the rates move, as `train` takes it."""
+        return one_cycle if self.cycle else constant
+
     def make_optimizer(
         self, weights: list[Tensor], z: list[Tensor]
     ) -> torch.optim.Optimizer:
@@ -104,7 +109,7 @@ def minimise(
         optimizer,
         loss_at,
         fit.steps,
-        schedule=one_cycle if fit.cycle else constant,
+        schedule=fit.schedule,
         every=fit.every,
         evaluate=lambda: {"validation_accuracy": measure().mean().item()},
         checkpoint=checkpoint,

@@ -22,7 +22,7 @@ from minisupernet.fitting import Fit, accuracy, answers, minimise
 from minisupernet.seeds import step_generator
 from minisupernet.supernet import SuperNet
 from minisupernet.target import MakesWeights, WeightSpec
-from minisupernet.training import History, constant, one_cycle, train
+from minisupernet.training import History, train
 
 __all__ = [
     "ExampleEncoder",
@@ -313,7 +313,7 @@ def train_encoder(
         optimizer([*encoder.parameters()], []),
         loss_at,
         fit.steps,
-        schedule=one_cycle if fit.cycle else constant,
+        schedule=fit.schedule,
         every=fit.every,
     )
 

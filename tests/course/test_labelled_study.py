@@ -27,7 +27,8 @@ def squares():
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     few = {"fit_steps": 2, "trial_steps": 2, "shuffles": 2, "encoder_steps": 2}
-    monkeypatch.setattr(labelled, "QUICK", replace(labelled.QUICK, **few))
+    quick = replace(labelled.SETTINGS["quick"], **few)
+    monkeypatch.setitem(labelled.SETTINGS, "quick", quick)
     monkeypatch.setattr(labelled, "PROTONET_IMAGES", 100)
 
 
@@ -108,7 +109,9 @@ def test_an_episode_of_protonet_is_as_much_arithmetic_as_a_lesson():
     with FlopCounterMode(display=False) as episode, torch.no_grad():
         ExampleEncoder(labelled.FEATURES)(torch.randn(100, 3, 32, 32))
     alone = (12 * classes + labelled.LESSON_TASKS * labelled.LESSON_SIZE) / 100
-    alone *= labelled.FULL.encoder_steps / fit.steps * episode.get_total_flops()
+    alone *= (
+        labelled.SETTINGS["full"].encoder_steps / fit.steps * episode.get_total_flops()
+    )
     ours = lesson.get_total_flops() + fit.tasks * asked.get_total_flops() + alone
     theirs = PROTONET_IMAGES / 100 * episode.get_total_flops()
     assert 0.8 < theirs / ours < 1.25, (ours, theirs)

@@ -55,7 +55,8 @@ def unit(images, group, experiment=2, checkpoint=None, report=str, channels=4):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     steps = {"fit_steps": 2, "long_steps": (2, 3), "longest": (4,), "trial_steps": 2}
-    monkeypatch.setattr(opponents, "QUICK", replace(opponents.QUICK, **steps))
+    quick = replace(opponents.SETTINGS["quick"], **steps)
+    monkeypatch.setitem(opponents.SETTINGS, "quick", quick)
 
 
 @pytest.mark.parametrize(

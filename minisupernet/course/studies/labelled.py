@@ -21,14 +21,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minisupernet.course.records import fingerprint, rounded
 from minisupernet.course.studies.arms import Fold, Trained
-from minisupernet.course.studies.opponents import train_trunk
+from minisupernet.course.studies.opponents import prototypes
 from minisupernet.course.studies.trunk import (
     Lesson,
     TaskFeatures,
@@ -39,7 +38,6 @@ from minisupernet.course.studies.units import (
     Arms,
     Plan,
     Prior,
-    Report,
     Unit,
     accuracies,
     check_group,
@@ -60,7 +58,7 @@ from minisupernet.labelled import (
 from minisupernet.seeds import step_generator
 from minisupernet.training import History
 
-__all__ = ["GROUPS", "PROTONET_IMAGES", "Settings", "check_unit", "measure"]
+__all__ = ["GROUPS", "PROTONET_IMAGES", "SETTINGS", "Settings", "check_unit", "measure"]
 
 Weights = dict[str, Tensor]
 MEAN_OF = 50  # images of each trained class whose mean is its vector
@@ -93,29 +91,10 @@ class Settings(Amount):
     trial_steps: int = 200
 
 
-FULL = Settings()
-QUICK = Settings((1, 5), 20, 3, (5,), 20, shuffles=4, trial_steps=5)
-
-
-def check_unit(**unit: int | str) -> None:
-    """Raise a StudyError where there is no such unit, or a SetupError for channels or
-    steps that are out of their range."""
-    check_group(GROUPS, **unit)
-
-
-def measure(
-    images: ImageSet,
-    seed: int,
-    profile: str,
-    report: Report,
-    checkpoint: Path | None,
-    **unit: int | str,
-) -> dict:
-    """One group of arms on the held-out tasks of one fold, as `measure_group` takes a
-    unit; a dict ready for JSON."""
-    settings = QUICK if profile == "quick" else FULL
-    rest = (images, seed, profile, report, checkpoint)
-    return measure_group(GROUPS, settings, *rest, **unit)
+SETTINGS = {
+    "quick": Settings((1, 5), 20, 3, (5,), 20, shuffles=4, trial_steps=5),
+    "full": Settings(),
+}
 
 
 def _look(unit: Unit) -> Plan:
@@ -278,14 +257,11 @@ def _nearest_vector(unit: Unit, data: TaskImages, generator: LabelledNet) -> dic
 def _protonet(unit: Unit) -> Plan:
     body = partial(ExampleEncoder, FEATURES)
     lesson = Lesson.of(unit.fold, PROTONET_IMAGES, "episodes", body)
-    settings = unit.settings
-    trunk, about = train_trunk(unit, lesson, settings.trunk_rates, settings.trial_steps)
-
-    def arms_of(data: TaskImages) -> Arms:
-        features = TaskFeatures.of(trunk, data)
-        return {"protonet": lambda: measure_nearest_mean(features)}
-
-    return Plan(settings.sizes, arms_of, lambda: {"trunk": about})
+    return prototypes(unit, lesson)
 
 
 GROUPS: dict[str, Callable[[Unit], Plan]] = {"look": _look, "protonet": _protonet}
+
+# as `check_group` and `measure_group` take a unit
+check_unit = partial(check_group, GROUPS)
+measure = partial(measure_group, GROUPS, SETTINGS)

@@ -33,7 +33,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +54,17 @@ from minisupernet.course.studies.units import (
     FitAt,
     Plan,
     Prior,
-    Report,
     Unit,
     check_group,
     fit_task_vectors,
     fitted,
     measure_group,
 )
-from minisupernet.data import ImageSet
 from minisupernet.data.tasks import TaskImages
 from minisupernet.fitting import Fit, fit_alone, fit_weights
 from minisupernet.seeds import step_generator
 
-__all__ = ["GROUPS", "Settings", "check_unit", "measure", "train_trunk"]
+__all__ = ["GROUPS", "SETTINGS", "Settings", "check_unit", "measure", "prototypes"]
 
 Weights = dict[str, Tensor]
 RANK = 32  # principal directions of `head_32`: as many numbers as z has
@@ -90,33 +87,14 @@ class Settings(Amount):
     strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
 
 
-FULL = Settings()
-QUICK = Settings((5, None), 20, 3, (5,), (10, 30), (60,), trial_steps=5)
-
-
-def check_unit(**unit: int | str) -> None:
-    """Raise a StudyError where there is no such unit, or a SetupError for channels or
-    steps that are out of their range."""
-    check_group(GROUPS, **unit)
-
-
-def measure(
-    images: ImageSet,
-    seed: int,
-    profile: str,
-    report: Report,
-    checkpoint: Path | None,
-    **unit: int | str,
-) -> dict:
-    """One group of arms on the held-out tasks of one fold, as `measure_group` takes a
-    unit; a dict ready for JSON."""
-    settings = QUICK if profile == "quick" else FULL
-    rest = (images, seed, profile, report, checkpoint)
-    return measure_group(GROUPS, settings, *rest, **unit)
+SETTINGS = {
+    "quick": Settings((5, None), 20, 3, (5,), (10, 30), (60,), trial_steps=5),
+    "full": Settings(),
+}
 
 
 def _heads(unit: Unit, by: str = "classes", name: str = "") -> Plan:
-    trunk, about = _train_trunk(unit, by)
+    trunk, about = _train_trunk(unit, _lesson(unit, by))
     settings = unit.settings
 
     def arms_of(data: TaskImages) -> Arms:
@@ -135,8 +113,10 @@ def _head(features: TaskFeatures, settings: Settings) -> tuple[dict, Logistic]:
     return measure_head(features, settings.strengths, settings.most)
 
 
-def _prototypes(unit: Unit) -> Plan:
-    trunk, about = _train_trunk(unit, "episodes")
+def prototypes(unit: Unit, lesson: Lesson) -> Plan:
+    """A network trained by the episodes of a lesson and, on it, the nearest class mean
+    (Snell and others, 2017)."""
+    trunk, about = _train_trunk(unit, lesson)
 
     def arms_of(data: TaskImages) -> Arms:
         features = TaskFeatures.of(trunk, data)
@@ -146,7 +126,7 @@ def _prototypes(unit: Unit) -> Plan:
 
 
 def _from_trunk(unit: Unit) -> Plan:
-    trunk, about = _train_trunk(unit)
+    trunk, about = _train_trunk(unit, _lesson(unit))
     spec = unit.fold.spec
 
     def arms_of(data: TaskImages) -> Arms:
@@ -168,7 +148,8 @@ def _prior(unit: Unit) -> Plan:
 
 
 def _begun(unit: Unit) -> Plan:
-    trunk, about = _train_trunk(replace(unit, checkpoint=None))
+    unkept = replace(unit, checkpoint=None)
+    trunk, about = _train_trunk(unkept, _lesson(unit))
     nothing = Logistic(torch.zeros(1, len(trunk.mean)), torch.zeros(1))
     generator = unit.fold.new_generator(unit.fold.seed)
     with torch.no_grad():
@@ -292,18 +273,22 @@ def _fit_lora(fold: Fold, data: TaskImages, start: Tensor, fit: Fit) -> Weights:
     return {name: own.detach() for name, own in weights().items()}
 
 
-def train_trunk(
-    unit: Unit, lesson: Lesson, rates: tuple[float, ...], trial_steps: int
-) -> tuple[Trunk, dict]:
+def _lesson(unit: Unit, by: str = "classes") -> Lesson:
+    """One of as many images a step as the generator is shown."""
+    fit = unit.fold.setup.training
+    return Lesson.of(unit.fold, fit.images * fit.tasks, by)
+
+
+def _train_trunk(unit: Unit, lesson: Lesson) -> tuple[Trunk, dict]:
     """The trunk at the rate that a short run found best, and what its training took."""
-    steps = unit.fold.setup.training.steps
+    steps, settings = unit.fold.setup.training.steps, unit.settings
 
     def trial(rate: float) -> tuple[float, None]:
-        _, history = lesson.train(rate, trial_steps)
+        _, history = lesson.train(rate, settings.trial_steps)
         return round(history.last("validation_accuracy"), 4), None
 
     def choose() -> dict:
-        chosen = best_rate(rates, trial, unit.settings.most)
+        chosen = best_rate(settings.trunk_rates, trial, settings.most)
         return {"rate": chosen.rate, "tried": chosen.tried}
 
     about = unit.once("trunk", choose)
@@ -313,18 +298,11 @@ def train_trunk(
     return Trunk(network, lesson), about | found | {"sha256": fingerprint(network)}
 
 
-def _train_trunk(unit: Unit, by: str = "classes") -> tuple[Trunk, dict]:
-    """A trunk trained with as many images a step as the generator."""
-    settings, fit = unit.settings, unit.fold.setup.training
-    lesson = Lesson.of(unit.fold, fit.images * fit.tasks, by)
-    return train_trunk(unit, lesson, settings.trunk_rates, settings.trial_steps)
-
-
 STARTS = {"scratch": Fold.ordinary_start, "he": _he_start}
 GROUPS: dict[str, Callable[[Unit], Plan]] = {
     "heads": _heads,
     "questions": partial(_heads, by="questions", name="question_"),
-    "prototypes": _prototypes,
+    "prototypes": lambda unit: prototypes(unit, _lesson(unit, "episodes")),
     "from_trunk": _from_trunk,
     "prior": _prior,
     "begun": _begun,
@@ -334,3 +312,7 @@ GROUPS: dict[str, Callable[[Unit], Plan]] = {
     "fine_tuned": lambda unit: _fine_tuned(unit, unit.settings.long_steps),
     "fine_tuned_longest": lambda unit: _fine_tuned(unit, unit.settings.longest),
 }
+
+# as `check_group` and `measure_group` take a unit
+check_unit = partial(check_group, GROUPS)
+measure = partial(measure_group, GROUPS, SETTINGS)

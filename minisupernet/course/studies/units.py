@@ -124,7 +124,7 @@ def _setup(of_experiment: int, profile: str, channels: int, steps: int) -> Setup
 
 def measure_group(
     groups: Mapping[str, Group],
-    settings: Amount,
+    settings: Mapping[str, Amount],
     images: ImageSet,
     seed: int,
     profile: str,
@@ -140,7 +140,7 @@ def measure_group(
 
     Args:
         groups: name to what each does.
-        settings: how much is done.
+        settings: profile to how much is done.
         of_experiment: 1, or 2 for pairs of classes that no question was about.
         channels: of the target's convolutions.
         steps: of the training of the trunk or the generator; 0 for the set-up's.
@@ -154,7 +154,7 @@ def measure_group(
     held = Fold.of(setup, images, seed, fold)
     half = len(held.tasks) // 2
     numbers = [number for number in held.held_out if first or number < half]
-    unit = Unit(held, numbers, settings, report, checkpoint)
+    unit = Unit(held, numbers, settings[profile], report, checkpoint)
     found = _carry_out(unit, groups[group])
     return {
         "of_experiment": of_experiment,
@@ -162,7 +162,7 @@ def measure_group(
         "group": group,
         "channels": channels,
         "steps": setup.training.steps,
-        "settings": asdict(settings),
+        "settings": asdict(unit.settings),
         "weights": held.spec.size,
         "held_out": numbers,
         **found,
