@@ -282,6 +282,18 @@ def test_a_dead_kernel_is_named(checkout):
                 " of these."
             ),
         ),
+        *(
+            (
+                {"seed": seed},
+                "parameter seed must be a whole number from 0 to 2147483647.",
+            )
+            for seed in (-1, 2**31, 2**70, -(2**70))
+        ),
+        (
+            {"data": 2**70},
+            "parameter data must be a whole number from -9223372036854775807 to"
+            " 9223372036854775807.",
+        ),
         (
             {"seed": float("nan")},
             (

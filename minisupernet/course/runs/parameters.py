@@ -14,6 +14,7 @@ from minisupernet.errors import RunError
 __all__ = ["override", "plain", "read_word", "suggestion"]
 
 LARGEST_SEED = 2**31 - 1
+LARGEST = 2**63 - 1  # what one number of a tensor can hold
 NOT_OVERRIDDEN = {
     "name",
     "experiment",
@@ -30,21 +31,17 @@ def plain(name: str, value: Any) -> Any:
     """
     if type(value) is list and not any(isinstance(each, list) for each in value):
         return [plain(name, each) for each in value]
-    if name == "seed" and type(value) is int and not 0 <= value <= LARGEST_SEED:
+    least, most = (0, LARGEST_SEED) if name == "seed" else (-LARGEST, LARGEST)
+    if type(value) is int and not least <= value <= most:
         raise RunError(
-            f"parameter seed must be a whole number from 0 to {LARGEST_SEED}."
+            f"parameter {name} must be a whole number from {least} to {most}."
         )
     text = (
         type(value) is str
         and "\0" not in value
         and value == value.encode(errors="ignore").decode()
     )
-    number = (
-        type(value) in (int, bool)
-        and value.bit_length() < 64
-        or type(value) is float
-        and math.isfinite(value)
-    )
+    number = type(value) in (int, bool) or type(value) is float and math.isfinite(value)
     if not (text or number):
         raise RunError(
             f"parameter {name} must be text, a finite number, true or false, or a list"
