@@ -402,6 +402,67 @@ def test_what_chapter_5_says_of_random_generators_is_recorded():
     assert f"it reaches {low} to {high} %" in text_of("notebooks/05_supernet.ipynb")
 
 
+def on_pairs(first: str, second: str, size: int | None, channels: int = 16) -> Interval:
+    """A difference in points on the pairs of experiment 2, fold by fold."""
+    units = load_runs(results_file("07_opponents.json"))
+    found = lead(units, 2, first, second, size, channels=channels)
+    assert found.n == 5
+    return found
+
+
+def in_points(found: Interval) -> list[str]:
+    return [f"{100 * each:z.1f}" for each in (found.mean, found.low, found.high)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "size", "channels", "said"),
+    [
+        ("head", "question_head", 5, 16, "worse by 3.0 points (1.5 to 4.5) with 5"),
+        ("head", "question_head", 20, 16, "by 2.7 (1.8 to 3.6) with 20"),
+        ("head", "question_head", None, 16, "by 2.2 (1.6 to 2.7) with 450"),
+        ("z_only", "question_head", 20, 4, "by 1.7 points (0.6 to 2.8)**"),
+        ("z_only", "question_head", 20, 4, "20 images, by 1.7 points (0.6 to 2.8)."),
+    ],
+)
+def test_what_chapter_7_says_of_labels_and_of_small_networks(
+    first, second, size, channels, said
+):
+    assert in_points(on_pairs(first, second, size, channels)) == NUMBER.findall(said)
+    assert said in text_of(SEVEN)
+
+
+def test_told_of_two_classes_at_a_time_a_head_is_not_told_apart_from_z():
+    for size in (5, 20, None):
+        found = verdict(on_pairs("z_only", "question_head", size))
+        assert found == "not told apart"
+        found = verdict(on_pairs("z_prior", "question_head", size))
+        assert found == ("not told apart" if size else "lower")
+    for size in (5, 10, 20, 50, 100, None):
+        assert verdict(on_pairs("z_only", "head", size, 4)) == "not told apart"
+    for size in (5, None):
+        found = verdict(on_pairs("z_only", "question_head", size, 4))
+        assert found == "not told apart"
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(5, "3.5 points (0.5 to 6.4) with 5"), (20, "3.8 (2.5 to 5.0) with 20, fold")],
+)
+def test_what_z_gains_on_a_head_in_a_smaller_network(size, said):
+    units = load_runs(results_file("07_opponents.json"))
+    small, large = (
+        {
+            unit: value - reached(units, 2, "head", size, channels=channels)[unit]
+            for unit, value in reached(
+                units, 2, "z_only", size, channels=channels
+            ).items()
+        }
+        for channels in (4, 16)
+    )
+    found = paired([small[unit] for unit in small], [large[unit] for unit in small])
+    assert in_points(found) == NUMBER.findall(said) and said in text_of(SEVEN)
+
+
 def test_the_head_leads_in_experiment_2_at_every_number_of_images():
     for size in ("5", "10", "20", "50", "100", "all"):
         ours, theirs = of_folds(2, "z_only", size), of_folds(2, "@head", size)
