@@ -55,7 +55,7 @@ def new_figure(
         "axes.prop_cycle": plt.cycler(color=COLOURS),
         "axes.grid": True,
         "grid.alpha": 0.3,
-        "legend.frameon": False,
+        "legend.edgecolor": "none",  # a pale ground keeps it legible over points
     }
     plt.rcParams.update(style)
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
