@@ -4,7 +4,9 @@ Both cut CIFAR-100's classes in three, and all 600 images of a class belong to i
 arm learns from the same episodes and is judged by the published protocol: five classes
 never met, one or five examples of each, 15 questions a class. `protonet` is the
 published prototypical network, which proves the set-up; `one_network` and `pudnet` are
-chapter 8's, with its target. A unit is one arm of one size on one benchmark.
+chapter 8's, with its target and its cosine to the class means. A step of training has
+four episodes of ten classes, five examples and five questions each. A unit is one arm
+of one size on one benchmark.
 """
 
 from collections.abc import Callable
