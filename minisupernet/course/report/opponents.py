@@ -191,12 +191,13 @@ def leads_table(
     for arm, words in ((arm, OPPONENT_NAMES[arm]) for arm in theirs):
         found = [_lead_or_none(runs, experiment, ours, arm, s, which) for s in sizes]
         if arm != ours and any(found):
-            said = [
-                f"{each.percent()}: {verdict(each)}" if each else "–" for each in found
-            ]
-            rows.append([words, *said])
+            rows.append([words, *map(_said, found)])
     header = f"{OPPONENT_NAMES[ours]} − ..., points, images of a class:"
     return table([header, *(str(size or ALL_IMAGES) for size in sizes)], rows)
+
+
+def _said(found: Interval | None) -> str:
+    return f"{found.percent()}: {verdict(found)}" if found else "–"
 
 
 def _lead_or_none(
@@ -224,10 +225,7 @@ def target_sizes_table(
                 for size in (5, 20, None)
             ]
             if any(found):
-                said = [
-                    f"{each.percent()}: {verdict(each)}" if each else "–"
-                    for each in found
-                ]
+                said = map(_said, found)
                 rows.append([channels, f"{weights:,}", OPPONENT_NAMES[arm], *said])
     words = f"{OPPONENT_NAMES[ours]} − ..."
     return table(["filters", "weights", words, "5 images", "20", str(ALL_IMAGES)], rows)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from minisupernet.course.records import rounded_rows
 from minisupernet.course.statistics import interval
 from minisupernet.course.studies import pudnet_family
-from minisupernet.course.studies.pudnet_family import Family, Settings
+from minisupernet.course.studies.pudnet_family import Changes, Family, Settings
 from minisupernet.data import ImageSet
 from minisupernet.data.episodes import Batch, Episodes, Shape
 from minisupernet.errors import StudyError
@@ -148,7 +148,8 @@ def benchmark_split(benchmark: str, images: ImageSet) -> dict[str, list[int]]:
 
 
 class _Unit(pudnet_family.Unit):
-    """A unit whose learner may also be a prototypical network."""
+    """A unit whose learner may also be a prototypical network, and whose data sets
+    have no changes."""
 
     def new_learner(self) -> nn.Module:
         if self.arm != "protonet":
@@ -157,17 +158,16 @@ class _Unit(pudnet_family.Unit):
             torch.manual_seed(self.seed)
             return PrototypicalNetwork(self.channels).to(self.images.device)
 
+    def shown(self, batch: Batch, changes: Changes) -> dict[str, Tensor | None]:
+        if self.arm != "pudnet":
+            return {"own": None}
+        return {"own": None, "wrong": batch.support.roll(1, 0)}
+
 
 def check_unit(benchmark: str, arm: str, channels: int, steps: int) -> None:
     """Raise a StudyError where there is no such unit."""
-    for name, value, known in (
-        ("benchmark", benchmark, BENCHMARKS),
-        ("arm", arm, ARMS),
-    ):
-        if value not in known:
-            raise StudyError(
-                f"{name} cannot be '{value}'; choose one of {', '.join(known)}."
-            )
+    pudnet_family.check_choice("benchmark", benchmark, BENCHMARKS)
+    pudnet_family.check_choice("arm", arm, ARMS)
     pudnet_family.check_size(channels, steps)
 
 
@@ -234,8 +234,7 @@ def _as_published(
     """Mean accuracy and half its 95 % interval, over episodes, by what is shown."""
     found = {}
     for shown, values in unit.on_episodes(learner, test, support).items():
-        if shown in ("own", "wrong"):
-            over = interval(values)
-            half = (over.high - over.low) / 2
-            found[shown] = {"mean": round(over.mean, 4), "half": round(half, 4)}
+        over = interval(values)
+        half = (over.high - over.low) / 2
+        found[shown] = {"mean": round(over.mean, 4), "half": round(half, 4)}
     return found

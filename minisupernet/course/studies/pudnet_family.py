@@ -7,7 +7,7 @@ makes the network. Classes and changes of the test are never met in training. A 
 one arm on one split of the classes, which the seed draws.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -40,6 +40,7 @@ __all__ = [
     "Settings",
     "Unit",
     "aligned",
+    "check_choice",
     "check_size",
     "check_unit",
     "class_split",
@@ -248,12 +249,17 @@ def class_split(images: ImageSet, seed: int) -> tuple[list[int], list[int], list
 
 def check_unit(arm: str, changes: str, channels: int, steps: int) -> None:
     """Raise a StudyError where there is no such unit."""
-    for name, value, known in (("arm", arm, ARMS), ("changes", changes, CHANGES)):
-        if value not in known:
-            raise StudyError(
-                f"{name} cannot be '{value}'; choose one of {', '.join(known)}."
-            )
+    check_choice("arm", arm, ARMS)
+    check_choice("changes", changes, CHANGES)
     check_size(channels, steps)
+
+
+def check_choice(name: str, value: str, known: Collection[str]) -> None:
+    """Raise a StudyError where a unit's parameter is none of those known."""
+    if value not in known:
+        raise StudyError(
+            f"{name} cannot be '{value}'; choose one of {', '.join(known)}."
+        )
 
 
 def check_size(channels: int, steps: int) -> None:
@@ -354,26 +360,29 @@ class Unit:
         if self.kept:
             self.kept.unlink(missing_ok=True)
 
+    def shown(self, batch: Batch, changes: Changes) -> dict[str, Tensor | None]:
+        """What a generator that looks is shown: the data set itself, another one, other
+        classes in its own change, or its own in another."""
+        if "pudnet" not in self.arm:
+            return {"own": None}
+        others, there = batch.support.roll(1, 0), changes.of_the_next()
+        return {
+            "own": None,
+            "wrong": there(others),
+            "other_classes": changes(others),
+            "other_change": there(batch.support),
+        }
+
     def on_episodes(
         self, learner: Learner, family: Family, support: int
     ) -> dict[str, list[float]]:
-        """Accuracy on each test episode, by what the generator is shown: the data set
-        itself, another one, other classes in its own change, or its own in another.
-        """
+        """Accuracy on each test episode, by what the generator is shown."""
         shape = Shape(self.settings.shape.way, support, self.settings.shape.query)
         found: dict[str, list[float]] = {}
         for step in range(self.settings.episodes // 10):
             batch, changes = family.draw(step, shape, 10)
-            others, there = batch.support.roll(1, 0), changes.of_the_next()
-            shown = {"own": None}
-            if "pudnet" in self.arm:
-                shown |= {
-                    "wrong": there(others),
-                    "other_classes": changes(others),
-                    "other_change": there(batch.support),
-                }
             met = self.prepare(changed(batch, changes))
-            for name, datasets in shown.items():
+            for name, datasets in self.shown(batch, changes).items():
                 values = rounded(learner.accuracy(met, datasets))
                 found[name] = found.get(name, []) + values
         return found

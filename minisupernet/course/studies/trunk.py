@@ -38,15 +38,14 @@ __all__ = [
     "measure_nearest_mean",
 ]
 
-LESSONS = ("classes", "questions", "episodes")
 WAY, SHOT = 10, 5  # classes of an episode; support and query images of each
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
     """What a trunk learns from: the trained classes of a fold, `images` of them a
-    step, by one of `LESSONS`: all classes are told apart, or the two of a question of
-    the generator's, or those of an episode.
+    step. By "classes" all of them are told apart, by "questions" the two of a question
+    of the generator's, by "episodes" those of an episode.
 
     By episodes it may be another `body` than the target's, images to features (N, D).
     """
